@@ -1,0 +1,39 @@
+"""Every tensor of the input accounted for: quantized, kept (and why), or not part of the model."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Literal
+
+from logitwise.skeleton import Slot
+from logitwise.source.base import Source
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one tensor of the input."""
+
+    tensor: str
+    fate: Literal["quantized", "kept"]
+    why: str
+
+
+def keeper(patterns: Iterable[str]) -> Callable[[Slot], bool]:
+    """Whether a slot stays in full precision: its module's name matches a shell pattern, or contains it."""
+    chosen = tuple(patterns)
+    return lambda slot: any(fnmatch(slot.module, pattern) or pattern in slot.module for pattern in chosen)
+
+
+def audit(source: Source, slots: list[Slot], kept: Callable[[Slot], bool]) -> list[Fate]:
+    """The fate of every tensor, in the order of the input."""
+    by_name = {slot.name: slot for slot in slots}
+    fates: list[Fate] = []
+    for name in source.names():
+        slot = by_name.get(name)
+        if slot is None:
+            fates.append(Fate(name, "kept", "not the weight of a linear layer inside a block"))
+        elif kept(slot):
+            fates.append(Fate(name, "kept", "--keep"))
+        else:
+            fates.append(Fate(name, "quantized", ""))
+    return fates

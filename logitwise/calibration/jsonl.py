@@ -1,0 +1,59 @@
+"""Calibration from JSON lines: plain text, prompt and completion, or chat messages."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from logitwise.calibration.chat import completed, conversation
+from logitwise.calibration.rows import Document
+from logitwise.calibration.text import read_utf8, whole
+from logitwise.errors import CalibrationError
+
+PROMPT_KEYS = ("prompt", "question")
+COMPLETION_KEYS = ("completion", "answer", "text")
+KNOWN = "text; prompt (or question) and completion (or answer or text); messages"
+
+
+def read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+    """One document a line; empty lines are passed over.
+
+    Errors: CalibrationError, with file and line, where a line cannot be read or has no known keys.
+    """
+    documents = []
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CalibrationError(
+                f"{place} is not JSON", f"{error.msg} at column {error.colno}", "write one JSON object a line"
+            ) from error
+        if not isinstance(record, dict):
+            raise CalibrationError(
+                f"{place} is not a JSON object", f"it is of type {type(record).__name__}", f"use the keys {KNOWN}"
+            )
+        documents.append(document_of(record, place, tokenizer))
+    return documents
+
+
+def document_of(record: Mapping[str, object], place: str, tokenizer: PreTrainedTokenizerBase) -> Document:
+    """The document in one record: a completion or the assistant's turns count, or all of a plain text.
+
+    Errors: CalibrationError, naming `place` and the keys found.
+    """
+    prompt = next((key for key in PROMPT_KEYS if key in record), None)
+    completion = next((key for key in COMPLETION_KEYS if key in record), None)
+    if "messages" in record:
+        return in_place(place, lambda: conversation(tokenizer, messages_of(record["messages"], place)))
+    if prompt is not None and completion is not None:
+        before, after = text_of(record, prompt, place), text_of(record, completion, place)
+        return in_place(place, lambda: completed(tokenizer, before, after))
+    if prompt is None and "text" in record:
+        return whole(text_of(record, "text", place), tokenizer)
+    raise CalibrationError(
+        f"{place} has no known keys", f"it has {', '.join(record) or 'none'}", f"use the keys {KNOWN}"
+    )

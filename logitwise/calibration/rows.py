@@ -1,0 +1,89 @@
+"""Rows of tokens: what every fit and every measurement reads.
+
+Documents are packed one after another with a separator and cut into rows of equal length. A document may go on in the
+next row; none is dropped, only what is left after the last whole row.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from logitwise.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text as token ids.
+
+    Args:
+        ids: its tokens.
+        counts: for each token, whether predicting it counts (an answer does, its prompt does not).
+    """
+
+    ids: list[int]
+    counts: list[bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Token rows.
+
+    Args:
+        ids: the tokens a model reads, [rows, tokens].
+        following: the token after each, [rows, tokens].
+        weights: how much the prediction made at each position counts, 0 where it does not, [rows, tokens].
+    """
+
+    ids: Int64[Tensor, "rows tokens"]
+    following: Int64[Tensor, "rows tokens"]
+    weights: Float[Tensor, "rows tokens"]
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, which: slice | Tensor) -> "Rows":
+        return Rows(self.ids[which], self.following[which], self.weights[which])
+
+    def counted(self) -> int:
+        """How many predictions count."""
+        return int((self.weights > 0).sum())
+
+    @staticmethod
+    def join(parts: "list[Rows]") -> "Rows":
+        """Several sets of rows of one length, one after another."""
+        return Rows(
+            torch.cat([p.ids for p in parts]),
+            torch.cat([p.following for p in parts]),
+            torch.cat([p.weights for p in parts]),
+        )
+
+
+def pack(documents: Iterable[Document], separator: int, row_tokens: int) -> Rows:
+    """All documents, one after another with `separator` between, cut into rows of `row_tokens`.
+
+    Position i of a row counts when the token after it counts; the last position of a row predicts the first of the
+    next. The separator itself does not count.
+
+    Errors: CalibrationError where not one row can be filled.
+    """
+    ids: list[int] = []
+    counts: list[bool] = []
+    for document in documents:
+        ids += [*document.ids, separator]
+        counts += [*document.counts, False]
+    count = (len(ids) - 1) // row_tokens
+    if count < 1:
+        raise CalibrationError(
+            f"{len(ids)} calibration tokens are too few",
+            f"one row takes {row_tokens} tokens and the one that follows",
+            "give more text, or a smaller --row-tokens",
+        )
+    used = count * row_tokens
+    return Rows(
+        torch.tensor(ids[:used]).view(count, row_tokens),
+        torch.tensor(ids[1 : used + 1]).view(count, row_tokens),
+        torch.tensor(counts[1 : used + 1], dtype=torch.float32).view(count, row_tokens),
+    )

@@ -1,0 +1,103 @@
+"""Writes what a run made: the checkpoint, its report and its card, under their names only when complete."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from logitwise.formats.checkpoint import staged, write_checkpoint, write_config, write_json
+from logitwise.grid import Grid, Quantized
+from logitwise.modelcard import model_card
+from logitwise.preflight import Job
+from logitwise.skeleton import Slot
+from logitwise.watch import Watcher
+
+
+def export(
+    job: Job,
+    out: Path,
+    grid: Grid,
+    codes: Callable[[Slot], Quantized],
+    report: dict[str, Any],
+    overwrite: bool,
+    watcher: Watcher,
+) -> dict[str, Any]:
+    """Writes OUT.
+
+    Args:
+        job: the model and the format.
+        out: the folder.
+        grid: of every quantized weight.
+        codes: what is stored for a slot.
+        report: what is known of the run; sizes and the audit are added.
+        overwrite: replace what OUT holds.
+        watcher: hears how far it is.
+
+    Returns: the report as it is in OUT/logitwise.json.
+    """
+    source, slots = job.source, {slot.name: slot for slot in job.slots}
+    stored_bits = 0
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal stored_bits
+        with watcher.stage("Writing the checkpoint", len(job.fates)) as stage:
+            for fate in job.fates:
+                if fate.tensor in slots:
+                    slot = slots[fate.tensor]
+                    quantized = codes(slot)
+                    stored_bits += quantized.bits_stored()
+                    yield from job.format.tensors(slot.module, quantized).items()
+                else:
+                    yield fate.tensor, source.read(fate.tensor)
+                stage.advance()
+
+    with staged(out, overwrite) as staging:
+        size = write_checkpoint(staging, tensors())
+        quantized_weights = sum(slot.out_features * slot.in_features for slot in job.slots)
+        parameters = sum(_count(source.shape(name)) for name in source.names())
+        report = {
+            **report,
+            "bits_per_weight": stored_bits / quantized_weights,
+            "bits_per_parameter": 8 * size / parameters,
+            "size_bytes": size,
+            "parameters": parameters,
+            "audit": [asdict(fate) for fate in job.fates],
+        }
+        write_json(staging / "logitwise.json", report)
+        (staging / "README.md").write_text(model_card(report), encoding="utf-8")
+        _write_model_files(job, grid, staging)
+    return report
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _write_model_files(job: Job, grid: Grid, staging: Path) -> None:
+    """config.json, tokenizer, chat template, generation config, licence."""
+    quantized = {slot.module for slot in job.slots}
+    ignored = [name for name in job.skeleton.linear_modules() if name not in quantized]
+    config = job.source.config
+    config.architectures = [type(job.skeleton.model).__name__]
+    write_config(
+        staging, config, job.format.quantization_config(grid, sorted(quantized), ignored), job.source.dtype
+    )
+    job.source.tokenizer().save_pretrained(staging)
+    files = job.source.extra_files()
+    for file in files:
+        shutil.copyfile(file, staging / file.name)
+    if not any(file.name == "generation_config.json" for file in files):
+        job.skeleton.model.generation_config.save_pretrained(staging)
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """What logitwise wrote about a checkpoint; None where it did not make it."""
+    path = folder / "logitwise.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None

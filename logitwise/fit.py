@@ -1,0 +1,250 @@
+"""Fits one window: one block or K blocks, by any method and any objective. Knows none of them by name."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from logitwise.errors import MachineError
+from logitwise.grid import Grid, Quantized
+from logitwise.objectives import Objective
+from logitwise.quantizers import Quantizer, Start
+from logitwise.recipe import Learning
+from logitwise.skeleton import Call, Head, Skeleton, Slot
+from logitwise.watch import Stage
+
+
+class Window:
+    """Consecutive blocks with their full-precision weights.
+
+    Args:
+        skeleton: whose blocks they are.
+        blocks: which.
+        calls: how each block of the model is called.
+        kept: slots that stay in full precision.
+    """
+
+    def __init__(self, skeleton: Skeleton, blocks: range, calls: list[Call], kept: Callable[[Slot], bool]) -> None:
+        self.skeleton, self.blocks, self.calls = skeleton, blocks, calls
+        self.weights = {block: skeleton.load_block(block, dtype=torch.float32) for block in blocks}
+        self.slots = [slot for block in blocks for slot in skeleton.slots(block) if not kept(slot)]
+
+    def quantizers(self, method: type[Quantizer], grid: Grid, start: Start) -> dict[Slot, Quantizer]:
+        """A quantizer for each slot, at its start."""
+        return {s: method.start(s.get(self.weights[s.block]).contiguous(), grid, start) for s in self.slots}
+
+    def forward(
+        self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor]
+    ) -> Float[Tensor, "rows tokens d"]:
+        """The window's output, with the float32 weights [out, in] of some slots replaced."""
+        dtype = self.skeleton.dtype
+        for block in self.blocks:
+            weights = {key: weight.to(dtype) for key, weight in self.weights[block].items()}
+            for slot, weight in replaced.items():
+                if slot.block == block:
+                    weights[slot.key] = slot.put(weight.to(dtype))
+            hidden = self.skeleton.run(block, weights, hidden, self.calls[block])
+        return hidden
+
+    @torch.no_grad()
+    def advance(self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor], batch: int) -> None:
+        """`hidden` in place becomes the window's output."""
+        for start in range(0, hidden.shape[0], batch):
+            part = slice(start, start + batch)
+            hidden[part] = self.forward(hidden[part], replaced)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a window is fitted on: the student's inputs, the teacher's outputs, and which rows choose.
+
+    Args:
+        inputs: what the student's window reads, [rows, tokens, d].
+        targets: what the teacher's window puts out, [rows, tokens, d].
+        weights: how much each position counts, [rows, tokens].
+        train: the first rows, which are learned from.
+        held_out: the last rows, which choose the iterate.
+    """
+
+    inputs: Float[Tensor, "rows tokens d"]
+    targets: Float[Tensor, "rows tokens d"]
+    weights: Float[Tensor, "rows tokens"]
+    train: int
+    held_out: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how a window is fitted.
+
+    Args:
+        steps: optimiser steps.
+        batch: rows a step.
+        checks: how often held-out rows are asked on the way, the start apart.
+        learning: how the parameters of a role are learned.
+        seed: decides the order of the rows.
+    """
+
+    steps: int
+    batch: int
+    checks: int
+    learning: Callable[[str], Learning]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The outcome of a fit.
+
+    Args:
+        quantized: what is stored, by slot.
+        losses: the training loss of every step.
+        held_out: (step, held-out measure), in order; empty where no rows are held out.
+        kept: the step whose iterate was kept.
+    """
+
+    quantized: dict[Slot, Quantized]
+    losses: list[float]
+    held_out: list[tuple[int, float]]
+    kept: int
+
+
+def fit(
+    window: Window,
+    quantizers: dict[Slot, Quantizer],
+    objective: Objective,
+    head: Head | None,
+    data: Data,
+    schedule: Schedule,
+    stage: Stage,
+    units: float = 1,
+) -> Fitted:
+    """Learns the quantizers of a window and keeps the iterate that is best on the held-out rows.
+
+    `stage` advances by `units` a step.
+
+    Errors: MachineError, naming the layer, where a parameter stops being a number.
+    """
+    optimizers, schedulers = _optimizers(quantizers.values(), schedule)
+    order = _row_order(data.train, schedule)
+    checks = {round(schedule.steps * (i + 1) / schedule.checks) for i in range(schedule.checks)} | {0}
+    losses: list[Tensor] = []
+    held_out: list[tuple[int, float]] = []
+    best: list[dict[str, Tensor]] | None = None
+    kept = schedule.steps
+    for step in range(schedule.steps + 1):
+        if data.held_out and step in checks:
+            _refuse_not_a_number(quantizers)
+            value = measure(window, weights_of(quantizers, 1.0), objective, head, data, schedule.batch)
+            if not held_out or value < min(v for _, v in held_out):
+                kept = step
+                best = [{k: v.detach().clone() for k, v in q.named_parameters()} for q in quantizers.values()]
+            held_out.append((step, value))
+        if step == schedule.steps:
+            break
+        rows = next(order).to(data.inputs.device)
+        student = window.forward(data.inputs[rows], weights_of(quantizers, step / schedule.steps))
+        loss = objective.loss(student, data.targets[rows], data.weights[rows], head)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for scheduler in schedulers:
+            scheduler.step()
+        for quantizer in quantizers.values():
+            quantizer.after_step()
+        losses.append(loss.detach())
+        stage.advance(units)
+    _refuse_not_a_number(quantizers)
+    if best is not None:
+        for quantizer, state in zip(quantizers.values(), best, strict=True):
+            with torch.no_grad():
+                for name, parameter in quantizer.named_parameters():
+                    parameter.copy_(state[name])
+    quantized = {slot: quantizer.freeze() for slot, quantizer in quantizers.items()}
+    return Fitted(quantized, torch.stack(losses).tolist() if losses else [], held_out, kept)
+
+
+def weights_of(quantizers: Mapping[Slot, Quantizer], progress: float) -> dict[Slot, Tensor]:
+    """The weights that the quantizers stand for at a point of the fit."""
+    return {slot: quantizer(progress) for slot, quantizer in quantizers.items()}
+
+
+@torch.no_grad()
+def measure(
+    window: Window,
+    weights: Mapping[Slot, Tensor],
+    objective: Objective,
+    head: Head | None,
+    data: Data,
+    batch: int,
+) -> float:
+    """The objective's mean measure over the held-out rows."""
+    total = count = 0.0
+    first = data.inputs.shape[0] - data.held_out
+    for start in range(first, data.inputs.shape[0], batch):
+        part = slice(start, start + batch)
+        student = window.forward(data.inputs[part], weights)
+        added, counted = objective.measure(student, data.targets[part], data.weights[part], head)
+        total, count = total + added, count + counted
+    return total / count
+
+
+class SignSGD(torch.optim.Optimizer):
+    """p <- p - rate * sign(gradient), as SignRound is published."""
+
+    def __init__(self, params: Iterable[dict[str, object]]) -> None:
+        super().__init__(params, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
+
+
+def _optimizers(
+    quantizers: Iterable[Quantizer], schedule: Schedule
+) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
+    by_role: dict[str, list[nn.Parameter]] = {}
+    for quantizer in quantizers:
+        for role, parameters in quantizer.groups().items():
+            by_role.setdefault(role, []).extend(parameters)
+    optimizers: list[torch.optim.Optimizer] = []
+    schedulers: list[torch.optim.lr_scheduler.LRScheduler] = []
+    steps = max(1, schedule.steps)
+    for role, parameters in by_role.items():
+        learning = schedule.learning(role)
+        rate = learning.rate / (steps if learning.per == "fit" else 1)
+        group = [{"params": parameters, "lr": rate}]
+        optimizer = SignSGD(group) if learning.optimizer == "sign_sgd" else torch.optim.Adam(group, fused=True)
+        shape = (lambda t: 0.5 * (1 + math.cos(math.pi * t / steps))) if learning.schedule == "cosine" else (
+            lambda t: 1 - t / steps
+        )
+        optimizers.append(optimizer)
+        schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, shape))
+    return optimizers, schedulers
+
+
+def _row_order(rows: int, schedule: Schedule) -> Iterable[Tensor]:
+    """Batches of row numbers: every row once before any twice, in an order that the seed decides."""
+    generator = torch.Generator().manual_seed(schedule.seed)
+    pending = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(pending) < schedule.batch:
+            pending = torch.cat([pending, torch.randperm(rows, generator=generator)])
+        yield pending[: schedule.batch]
+        pending = pending[schedule.batch :]
+
+
+def _refuse_not_a_number(quantizers: Mapping[Slot, Quantizer]) -> None:
+    for slot, quantizer in quantizers.items():
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in quantizer.parameters()):
+            raise MachineError(
+                f"{slot.name}: a learned parameter is no longer a finite number",
+                "the loss or its gradient overflowed",
+                "finished windows are kept: run again with a smaller learning rate (--recipe FILE, [learning])",
+            )

@@ -1,0 +1,82 @@
+"""What a checkpoint format is: which grids and layers it holds, and how it writes and reads them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitwise.grid import Grid, Quantized
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+"""The group sizes that a refusal offers in place of one that does not divide a layer."""
+
+
+class Format(ABC):
+    """One way to lay quantized weights out in safetensors files and to describe them in config.json.
+
+    Formats hold the weights of `nn.Linear` modules, [out, in]; a layer is named by its module
+    (`model.layers.0.mlp.down_proj`). No format changes a code, a sign, a zero point or a type without saying so.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    """What stands after the module's name in the names of a quantized layer's tensors; some may be absent."""
+
+    @abstractmethod
+    def holds(self, grid: Grid) -> str | None:
+        """None where every weight on the grid can be written exactly, else the reason why not."""
+
+    def holds_layer(self, name: str, out_features: int, in_features: int, transposed: bool, grid: Grid) -> str | None:
+        """None where this layer can be written on the grid, else the reason, which names the layer.
+
+        Args:
+            name: the layer's module.
+            out_features: its outputs.
+            in_features: its inputs, which the groups cut.
+            transposed: the model keeps the weight as [in, out], as GPT-2's Conv1D does.
+            grid: the grid it is to lie on.
+        """
+        if transposed:
+            return f"{name} is stored transposed, [{in_features}, {out_features}]; {self.name} holds [out, in] only"
+        if grid.group_size is None or in_features % grid.group_size == 0:
+            return None
+        sizes = [str(size) for size in GROUP_SIZES if in_features % size == 0]
+        other = f"groups of {', '.join(sizes)} do" if sizes else "only one group for each output channel does"
+        return f"{name} has {in_features} inputs, which groups of {grid.group_size} do not divide; {other}"
+
+    @abstractmethod
+    def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
+        """Every tensor that takes the place of `{prefix}.weight`, by full name.
+
+        Errors: FormatError where the weight does not lie on its grid, or the format does not hold the grid.
+        """
+
+    @abstractmethod
+    def quantization_config(self, grid: Grid, quantized: list[str], ignored: list[str]) -> dict[str, Any]:
+        """The `quantization_config` of config.json.
+
+        Args:
+            grid: the grid of every quantized layer.
+            quantized: the modules that are quantized.
+            ignored: every Linear module kept in full precision.
+        """
+
+    @abstractmethod
+    def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
+        """The inverse of `tensors`: one layer from the tensors of a checkpoint.
+
+        Errors: FormatError, naming the tensor that is missing, of another type or shape, or out of range.
+        """
+
+    @abstractmethod
+    def grid_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Grid:
+        """The grid that a `quantization_config` describes.
+
+        Args:
+            config: the `quantization_config` of config.json.
+            scale_dtype: the type of the stored scale tensors, which the config does not tell.
+
+        Errors: FormatError, naming the key, for everything that is not read here; nothing is passed over.
+        """

@@ -1,0 +1,193 @@
+"""Writing a complete checkpoint folder: the weight files, config.json, and the folder that appears only when whole."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from logitwise.errors import MachineError, OutputError
+
+
+def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 1 << 30) -> int:
+    """Writes tensors as they come, holding one shard in memory, under the names that transformers looks for.
+
+    Args:
+        folder: where the files go.
+        tensors: names and tensors, each name once; strided tensors are made contiguous.
+        shard_bytes: a file is closed before it would grow beyond this many bytes of tensors.
+
+    Returns: the size of the weight files on disk, in bytes.
+    Errors: MachineError where a file cannot be written; ValueError where a name comes twice.
+    """
+    shards: list[Path] = []
+    places: dict[str, int] = {}
+    held: dict[str, Tensor] = {}
+    size = total = 0
+
+    def close_shard() -> None:
+        path = folder / f"shard-{len(shards)}.safetensors"
+        with _writing(path):
+            save_file(held, path, metadata={"format": "pt"})
+        shards.append(path)
+        held.clear()
+
+    for name, tensor in tensors:
+        if name in places:
+            raise ValueError(f"tensor {name} was given twice")
+        if held and size + tensor.nbytes > shard_bytes:
+            close_shard()
+            size = 0
+        held[name] = tensor.detach().contiguous()
+        places[name] = len(shards)
+        size += tensor.nbytes
+        total += tensor.nbytes
+    if held or not shards:
+        close_shard()
+    return _name_shards(folder, shards, places, total)
+
+
+def _name_shards(folder: Path, shards: list[Path], places: dict[str, int], total: int) -> int:
+    """Gives shards their final names, which tell how many there are, and writes the index. Returns their size."""
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        weight_map = {tensor: names[place] for tensor, place in places.items()}
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    return sum(shard.rename(folder / name).stat().st_size for shard, name in zip(shards, names, strict=True))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as indented JSON.
+
+    Errors: MachineError where the file cannot be written.
+    """
+    with _writing(path):
+        path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise MachineError(
+            f"{path} could not be written", str(error), "free some disk space and run the same command again"
+        ) from error
+
+
+def write_config(
+    folder: Path, config: PretrainedConfig, quantization_config: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Writes config.json.
+
+    Args:
+        folder: where it goes.
+        config: the model's own config; it is not changed, and its architectures are kept.
+        quantization_config: what a format says of its weights.
+        dtype: the type of the tensors that are not quantized, and the one that `dtype="auto"` loads the model in.
+    """
+    content = json.loads(config.to_json_string())
+    dtype_name = str(dtype).removeprefix("torch.")
+    content |= {"dtype": dtype_name, "torch_dtype": dtype_name, "quantization_config": quantization_config}
+    content |= legacy_rope(content.get("rope_parameters") or {})
+    write_json(folder / "config.json", content)
+
+
+def legacy_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """The top-level keys that stood for `rope_parameters` before transformers 5.
+
+    Other readers still look for them and, where they find none, fall back to a base of 10000 without a word.
+
+    Args:
+        rope: `rope_parameters`, of the whole model or (Gemma 3) one for each type of layer; empty for none.
+    """
+    if "rope_theta" in rope:
+        legacy: dict[str, Any] = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        # transformers 5 takes `rope_scaling` in place of `rope_parameters` where it finds both, so it must be the same.
+        return legacy if rope.get("rope_type", "default") == "default" else legacy | {"rope_scaling": rope}
+    spellings = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+    return {
+        old: rope[layer_type]["rope_theta"]
+        for layer_type, old in spellings.items()
+        if "rope_theta" in (rope.get(layer_type) or {})
+    }
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Refuses a place where a result cannot go, before any work; writes nothing.
+
+    Errors: OutputError where OUT is a file, holds something (without `overwrite`), is or contains the working
+    directory, or where it could not be created.
+    """
+    out = out.resolve()
+    try:
+        _refuse_unusable(out, overwrite)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be used", str(error), "give another OUT") from error
+
+
+def _refuse_unusable(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is not a folder", "the result is a folder of several files", "give another OUT")
+    if Path.cwd().is_relative_to(out):
+        why = "it is or contains the working directory"
+        raise OutputError(f"{out} cannot be the output", why, "give a new folder inside it as OUT")
+    if out.exists() and not overwrite and any(out.iterdir()):
+        raise OutputError(f"{out} already exists", "it is not empty", "give another OUT, or --overwrite to replace it")
+    parent = next(folder for folder in out.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = f"{parent} is not writable" if parent.is_dir() else f"{parent} is a file"
+        raise OutputError(f"{out} cannot be created", why, "give an OUT in a folder that you may write to")
+
+
+@contextmanager
+def staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside OUT that becomes OUT when the body ends, and is removed when it fails or is interrupted.
+
+    A folder that is replaced stays under its name until the new one is complete.
+
+    Errors: OutputError as `check_output`, at the start and again before OUT is taken.
+    """
+    check_output(out, overwrite)
+    out = out.resolve()
+    staging = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    except OSError as error:
+        remedy = "where another run is not writing it, remove it; else give another OUT"
+        raise OutputError(f"{staging} cannot be created", str(error), remedy) from error
+    try:
+        yield staging
+        check_output(out, overwrite)
+        _take_place(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _take_place(staging: Path, out: Path) -> None:
+    """Renames a complete folder to OUT; what was there is moved aside first and removed last."""
+    former = out.with_name(f"{out.name}.old-{os.getpid()}")
+    if not out.exists():
+        staging.rename(out)
+        return
+    out.rename(former)
+    try:
+        staging.rename(out)
+    except BaseException:
+        if not out.exists():
+            former.rename(out)
+        raise
+    shutil.rmtree(former)

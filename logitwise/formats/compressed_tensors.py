@@ -1,0 +1,219 @@
+"""The `pack-quantized` format of compressed-tensors, which transformers and vLLM load.
+
+For a Linear module P of shape [out, in], in place of P.weight:
+
+    P.weight_packed      int32 [out, ceil(in * bits / 32)]      codes, packed along the inputs
+    P.weight_scale       float [out, groups]
+    P.weight_shape       int64 [2]                              out, in
+    P.weight_zero_point  int32 [ceil(out * bits / 32), groups]  asymmetric only; packed along the OUTPUTS
+
+Codes and zero points are stored unsigned. The stream is the dense one (`packing.py`), as compressed-tensors 0.18 and
+later and vLLM read it; up to 0.17.1 that package left bits unused in each word at 3, 5, 6 and 7 bits. Files carry no
+version, so the reader tells the two apart by the number of words and refuses the older.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitwise.errors import FormatError
+from logitwise.formats.base import Format
+from logitwise.formats.packing import WORD, pack_codes, unpack_codes, words_of
+from logitwise.grid import Grid, Quantized
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Keys that a config may hold and that say nothing about the values of the weights.
+NEUTRAL_KEYS = frozenset({"ignore", "dequantize", "run_compressed", "version", "global_compression_ratio"})
+NEUTRAL_WEIGHT_KEYS = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
+
+
+class CompressedTensors(Format):
+    """compressed-tensors `pack-quantized`: 2 to 8 bits, groups or channels, symmetric or asymmetric."""
+
+    name = "compressed-tensors"
+    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+    def holds(self, grid: Grid) -> str | None:
+        """None, or why the grid cannot be written."""
+        if not 2 <= grid.bits <= 8:
+            return f"{self.name} holds 2 to 8 bits, not {grid.bits}"
+        if grid.group_size is not None and grid.group_size < 1:
+            return f"a group size of {grid.group_size} is not a number of inputs"
+        if grid.scale_dtype not in SCALE_DTYPES:
+            return f"{self.name} stores scales as float16, bfloat16 or float32, not {_name(grid.scale_dtype)}"
+        return None
+
+    def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
+        """The three tensors of a symmetric layer, or the four of an asymmetric one."""
+        grid, (out_features, in_features) = quantized.grid, quantized.codes.shape
+        reason = self.holds(grid) or self.holds_layer(prefix, out_features, in_features, False, grid)
+        if reason is not None:
+            raise FormatError(f"{prefix} cannot be written", reason, "choose another grid or format")
+        _check_on_grid(prefix, quantized)
+        stored = {
+            f"{prefix}.weight_packed": pack_codes(quantized.codes, grid.bits),
+            f"{prefix}.weight_scale": quantized.scale.contiguous(),
+            f"{prefix}.weight_shape": torch.tensor([out_features, in_features]),
+        }
+        if not grid.symmetric:
+            stored[f"{prefix}.weight_zero_point"] = pack_codes(quantized.zero.T, grid.bits).T.contiguous()
+        return stored
+
+    def quantization_config(self, grid: Grid, quantized: list[str], ignored: list[str]) -> dict[str, Any]:
+        """One scheme for every Linear module but the ignored ones.
+
+        An asymmetric config asks transformers to dequantize while loading: with compressed-tensors 0.18 to 0.20 its
+        default way expects zero points of another shape than the package itself writes, and fails. vLLM ignores the
+        key.
+        """
+        weights = {
+            "num_bits": grid.bits,
+            "type": "int",
+            "symmetric": grid.symmetric,
+            "strategy": "channel" if grid.group_size is None else "group",
+            "group_size": grid.group_size,
+            "dynamic": False,
+        }
+        scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        config = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": scheme},
+            "ignore": ignored,
+        }
+        return config if grid.symmetric else config | {"dequantize": True}
+
+    def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
+        """One layer, with its zero points written out where the grid is symmetric."""
+        shape = _take(tensors, f"{prefix}.weight_shape", torch.int64, (2,))
+        out_features, in_features = (int(size) for size in shape)
+        if out_features < 1 or in_features < 1:
+            raise _refusal(f"{prefix}.weight_shape", f"it says [{out_features}, {in_features}]")
+        reason = self.holds_layer(prefix, out_features, in_features, False, grid)
+        if reason is not None:
+            raise _refusal(f"{prefix}.weight_shape", reason)
+        groups = grid.groups(in_features)
+
+        words = (out_features, words_of(in_features, grid.bits))
+        packed = _take(tensors, f"{prefix}.weight_packed", torch.int32, words)
+        scale = _take(tensors, f"{prefix}.weight_scale", grid.scale_dtype, (out_features, groups))
+        if not bool(torch.isfinite(scale).all()):
+            raise _refusal(f"{prefix}.weight_scale", "it holds NaN or infinity")
+        for suffix in ("weight_g_idx", "weight_zero_point"):
+            if f"{prefix}.{suffix}" in tensors and (grid.symmetric or suffix == "weight_g_idx"):
+                raise _refusal(f"{prefix}.{suffix}", "its config describes a layer that has no such tensor")
+        if grid.symmetric:
+            zero = torch.full((out_features, groups), grid.middle, dtype=torch.uint8)
+        else:
+            words = (words_of(out_features, grid.bits), groups)
+            stored = _take(tensors, f"{prefix}.weight_zero_point", torch.int32, words)
+            zero = unpack_codes(stored.T, grid.bits, out_features).T.contiguous()
+        return Quantized(unpack_codes(packed, grid.bits, in_features), scale, zero, grid)
+
+    def grid_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Grid:
+        """The grid of a config with one scheme, integer weights and no quantized activations."""
+        rest = dict(config)
+        _expect(rest, "quant_method", "compressed-tensors")
+        _expect(rest, "format", "pack-quantized")
+        _expect(rest, "quantization_status", "compressed")
+        for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+            _expect(rest, key, None, {})
+        groups = rest.pop("config_groups", None)
+        if not isinstance(groups, Mapping) or len(groups) != 1:
+            found = len(groups) if isinstance(groups, Mapping) else "none"
+            raise _unread("config_groups", f"{found} groups", "one")
+        _nothing_left(rest, NEUTRAL_KEYS)
+
+        ((_, scheme),) = groups.items()
+        if not isinstance(scheme, Mapping) or not isinstance(scheme.get("weights"), Mapping):
+            raise _unread("weights", "nothing", "a scheme for the weights")
+        scheme = dict(scheme)
+        weights = dict(scheme.pop("weights"))
+        for key in ("input_activations", "output_activations"):
+            _expect(scheme, key, None)
+        _expect(scheme, "format", None, "pack-quantized")
+        _nothing_left(scheme, frozenset({"targets"}))
+        return self._grid_of_weights(weights, scale_dtype)
+
+    def _grid_of_weights(self, weights: dict[str, Any], scale_dtype: torch.dtype) -> Grid:
+        _expect(weights, "type", "int")
+        _expect(weights, "dynamic", False)
+        _expect(weights, "actorder", None, "static", "weight")
+        _expect(weights, "block_structure", None)
+        bits, symmetric = weights.pop("num_bits", None), weights.pop("symmetric", None)
+        strategy, group_size = weights.pop("strategy", None), weights.pop("group_size", None)
+        _nothing_left(weights, NEUTRAL_WEIGHT_KEYS)
+        if type(bits) is not int:
+            raise _unread("num_bits", repr(bits), "a whole number")
+        if type(symmetric) is not bool:
+            raise _unread("symmetric", repr(symmetric), "true or false")
+        if strategy not in ("group", "channel"):
+            raise _unread("strategy", repr(strategy), "'group' or 'channel'")
+        if (type(group_size) is not int) if strategy == "group" else (group_size is not None):
+            raise _unread("group_size", repr(group_size), "a whole number for 'group', null for 'channel'")
+        grid = Grid(bits, group_size, symmetric, scale_dtype)
+        reason = self.holds(grid)
+        if reason is not None:
+            raise FormatError("this quantization_config is not read", reason, "check its config_groups")
+        return grid
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_on_grid(prefix: str, quantized: Quantized) -> None:
+    """Refuses what the packed form could not give back: a value beyond the bits, a zero point that is not stored."""
+    grid = quantized.grid
+    remedy = "quantize this layer again; if that does not help, report it as a bug"
+    groups = (quantized.codes.shape[0], grid.groups(quantized.codes.shape[1]))
+    for what, tensor, dtype in (("scale", quantized.scale, grid.scale_dtype), ("zero", quantized.zero, torch.uint8)):
+        if tuple(tensor.shape) != groups or tensor.dtype != dtype:
+            found = f"{_name(tensor.dtype)} {list(tensor.shape)}"
+            why = f"its grid asks for {_name(dtype)} {list(groups)}"
+            raise FormatError(f"{prefix}: {what} is {found}", why, remedy)
+    for what, tensor in (("code", quantized.codes), ("zero point", quantized.zero)):
+        if int(tensor.max()) > grid.levels:
+            why = f"{grid.bits} bits hold 0 to {grid.levels}"
+            raise FormatError(f"{prefix}: {what} {int(tensor.max())} is out of range", why, remedy)
+    if grid.symmetric and not bool((quantized.zero == grid.middle).all()):
+        why = f"a symmetric grid stores none; all must be {grid.middle}"
+        raise FormatError(f"{prefix}: zero points differ from {grid.middle}", why, remedy)
+
+
+def _refusal(name: str, why: str) -> FormatError:
+    return FormatError(f"tensor {name} is refused", why, "check that the checkpoint is complete and its config its own")
+
+
+def _take(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if name not in tensors:
+        raise _refusal(name, "it is missing")
+    tensor = tensors[name]
+    if tensor.dtype == dtype and tuple(tensor.shape) == shape:
+        return tensor
+    why = f"expected {_name(dtype)} {list(shape)}, found {_name(tensor.dtype)} {list(tensor.shape)}"
+    if name.endswith("weight_packed") and tensor.dim() == 2 and tensor.shape[1] > shape[1]:
+        why += f"; more words than a dense stream of {WORD}-bit words takes: compressed-tensors before 0.18 wrote such"
+    raise _refusal(name, why)
+
+
+def _unread(key: str, found: str, expected: str) -> FormatError:
+    why = f"it says {found}; logitwise reads {expected}"
+    return FormatError(f"quantization_config: {key} is not read", why, "give another checkpoint")
+
+
+def _expect(config: dict[str, Any], key: str, *allowed: object) -> None:
+    """Takes a key out of the config; only some values are read, and a missing key counts as null."""
+    value = config.pop(key, None)
+    if value not in allowed:
+        raise _unread(key, repr(value), " or ".join(repr(one) for one in allowed))
+
+
+def _nothing_left(config: dict[str, Any], neutral: frozenset[str]) -> None:
+    unknown = sorted(set(config) - neutral)
+    if unknown:
+        raise _unread(unknown[0], repr(config[unknown[0]]), "checkpoints without this key")

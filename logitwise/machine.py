@@ -1,0 +1,55 @@
+"""What the machine decides: device, computing type, versions; and a scope in which results repeat."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+import torch
+
+from logitwise.errors import RecipeError
+from logitwise.recipe import Choice, Recipe
+
+REPORTED = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
+
+
+def choose_machine(recipe: Recipe) -> dict[str, Choice]:
+    """Device and computing type, with reasons.
+
+    Errors: RecipeError where the device that is asked for is not there.
+    """
+    if recipe.device != "auto":
+        device = Choice(recipe.device, "as asked")
+    elif torch.cuda.is_available():
+        device = Choice("cuda", f"{torch.cuda.get_device_name()} was found")
+    else:
+        device = Choice("cpu", "no GPU was found")
+    try:
+        torch.empty(1, device=device.value)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"device {device.value} cannot be used", str(error).splitlines()[0], "choose --device cpu, or auto"
+        ) from error
+    if recipe.compute_dtype != "auto":
+        return {"device": device, "compute_dtype": Choice(recipe.compute_dtype, "as asked")}
+    if torch.device(device.value).type == "cuda" and torch.cuda.is_bf16_supported():
+        return {"device": device, "compute_dtype": Choice("bfloat16", "the GPU multiplies it at full rate")}
+    return {"device": device, "compute_dtype": Choice("float32", "the processor need not multiply bfloat16 fast")}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide results."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in REPORTED}}
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside this context the same seed gives the same bits; the caller's random state is left as it was."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

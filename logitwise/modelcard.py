@@ -1,0 +1,37 @@
+"""The README.md of a checkpoint: how it was made and how to load it."""
+
+from typing import Any
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """A model card of a run's report."""
+    recipe, name = report["recipe"], report["model"]["name"]
+    grid = f"{recipe['bits']} bits, " + (
+        f"groups of {recipe['group_size']}" if recipe["group_size"] else "one scale a channel"
+    )
+    kind = "symmetric" if recipe["symmetric"] else "asymmetric"
+    kl = "".join(
+        f"| {objective} | {value:.4f} |\n" for objective, value in report["held_out_kl"].items()
+    )
+    measured = f"\nKL to the original on held-out rows, nats a token:\n\n| final blocks fitted by | KL |\n|---|---|\n{kl}" if kl else ""
+    return f"""---
+base_model: {name}
+library_name: transformers
+tags: [logitwise, quantized]
+---
+
+# {name}, {grid}
+
+The linear layers of [{name}] quantized to {grid}, {kind}, by
+[logitwise](https://pypi.org/project/logitwise/) {report["logitwise"]} with {recipe["method"]}; the final blocks were fitted by
+{report["fitted_by"]}. {report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.
+{measured}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```
+
+`logitwise.json` holds the recipe, every automatic choice with its reason, versions, losses and what became of each
+tensor.
+"""

@@ -1,0 +1,117 @@
+"""Everything that can be refused is refused here, before any work; what passes is a `Job`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from logitwise.audit import Fate, audit, keeper
+from logitwise.calibration import check_spec
+from logitwise.errors import FormatError, RecipeError, SourceError
+from logitwise.formats import FORMATS, Format, choose
+from logitwise.formats.checkpoint import check_output
+from logitwise.machine import choose_machine
+from logitwise.objectives import OBJECTIVES
+from logitwise.quantizers import QUANTIZERS, STARTS
+from logitwise.recipe import Choice, Recipe
+from logitwise.skeleton import Skeleton, Slot
+from logitwise.source import QuantizedFolder, check_tokenizer, check_weights, open_source
+from logitwise.source.base import Source
+from logitwise.watch import Watcher
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model that can be quantized as asked.
+
+    Args:
+        source, skeleton: the model.
+        format: what is written.
+        kept: slots that stay in full precision.
+        slots: every other one.
+        fates: what becomes of each tensor of the input.
+        choices: what was chosen automatically.
+        digest: of the weights.
+        replay_difference: between the model's own logits and those computed block by block.
+    """
+
+    source: Source
+    skeleton: Skeleton
+    format: Format
+    kept: Callable[[Slot], bool]
+    slots: list[Slot]
+    fates: list[Fate]
+    choices: dict[str, Choice]
+    digest: str
+    replay_difference: float
+
+
+def check(
+    model: str | Path, out: Path, recipe: Recipe, overwrite: bool, reads_text: bool, revision: str | None, watcher: Watcher
+) -> Job:
+    """A job, or the first reason why not; nothing is written.
+
+    Errors: InputError.
+    """
+    check_output(out, overwrite)
+    _check_names(recipe)
+    form, why = choose(recipe.grid) if recipe.format == "auto" else (FORMATS[recipe.format], "as asked")
+    reason = form.holds(recipe.grid)
+    if reason is not None:
+        raise FormatError(f"{form.name} cannot hold this grid", reason, "change the grid or --format")
+    if reads_text:
+        check_spec(recipe.calibration)
+    choices = {**choose_machine(recipe), "format": Choice(form.name, why)}
+    source = open_source(model, revision)
+    if isinstance(source, QuantizedFolder):
+        raise SourceError(f"{model} is quantized already", "its weights are codes", "give the original model")
+    check_tokenizer(source)
+    device, dtype = torch.device(choices["device"].value), getattr(torch, choices["compute_dtype"].value)
+    skeleton = Skeleton(source, device, dtype)
+    if recipe.final_blocks > len(skeleton):
+        raise RecipeError(
+            f"--final-blocks {recipe.final_blocks} is too many",
+            f"the model has {len(skeleton)} blocks",
+            f"choose 1 to {len(skeleton)}",
+        )
+    kept = keeper(recipe.keep)
+    every = [slot for block in range(len(skeleton)) for slot in skeleton.slots(block)]
+    slots = [slot for slot in every if not kept(slot)]
+    _check_slots(slots, form, recipe)
+    with watcher.stage("Checking weights", len(source.names())) as stage:
+        digest = check_weights(source, lambda done, total: stage.advance())
+    with watcher.stage("Proving the replay", 1) as stage:
+        difference = skeleton.prove()
+        stage.advance()
+    return Job(source, skeleton, form, kept, slots, audit(source, every, kept), choices, digest, difference)
+
+
+def _check_names(recipe: Recipe) -> None:
+    for key, known in {
+        "method": QUANTIZERS,
+        "objective": OBJECTIVES,
+        "start": STARTS,
+        "format": {"auto": None, **FORMATS},
+    }.items():
+        value = getattr(recipe, key)
+        if value not in known:
+            raise RecipeError(
+                f"{key} {value} is not known", f"it is none of {', '.join(known)}", f"choose one of them as --{key}"
+            )
+
+
+def _check_slots(slots: list[Slot], form: Format, recipe: Recipe) -> None:
+    if not slots:
+        raise RecipeError("nothing is left to quantize", "--keep matches every layer", "keep fewer layers")
+    for slot in slots:
+        reason = form.holds_layer(
+            slot.module, slot.out_features, slot.in_features, slot.transposed, recipe.grid
+        )
+        if reason is not None:
+            raise FormatError(
+                f"{slot.module} cannot be quantized so",
+                reason,
+                "choose another --group-size, --per-channel, or --keep this layer" if not slot.transposed
+                else "no format holds this architecture yet",
+            )

@@ -1,0 +1,33 @@
+"""Round to nearest: nothing is learned."""
+
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from logitwise.grid import Grid, Quantized, codes_of, freeze
+from logitwise.quantizers.base import Quantizer
+from logitwise.quantizers.starts import Start, start_grid
+
+
+class RoundToNearest(Quantizer):
+    """Codes nearest to the weight on the grid that the start found."""
+
+    learns = False
+
+    def __init__(self, quantized: Quantized) -> None:
+        super().__init__()
+        self.quantized = quantized
+
+    @classmethod
+    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> Self:
+        scale, zero = start_grid(weight, grid, start)
+        return cls(freeze(codes_of(weight, scale, zero, grid), scale, zero, grid))
+
+    def forward(self, progress: float) -> Float[Tensor, "out in"]:
+        return self.quantized.dequantize()
+
+    @torch.no_grad()
+    def freeze(self) -> Quantized:
+        return self.quantized

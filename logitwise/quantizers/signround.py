@@ -1,0 +1,88 @@
+"""SignRound: a learned offset before rounding and a learned range (Cheng et al., EMNLP Findings 2024, arXiv 2309.05516).
+
+Asymmetric:             s = (beta max(W) - alpha min(W)) / (2^bits - 1),  z = round(-alpha min(W) / s)
+                        q = clamp(round(W / s + V) + z, 0, 2^bits - 1)
+Symmetric, full range:  the side of larger magnitude lies on code -2^(bits - 1), so s is negative where that side is
+                        the positive one.
+
+V [out, in] starts at 0, alpha and beta [out, groups] at the start's share of the range; both stay in [0, 1].
+"""
+
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from logitwise.grid import Grid, Quantized, freeze, merge, round_through, split, store_through
+from logitwise.quantizers.base import Quantizer, Role
+from logitwise.quantizers.starts import Start, group_range
+
+LEAST_SCALE = 1e-5
+
+
+class SignRound(Quantizer):
+    """One weight under SignRound.
+
+    Args:
+        weight: float32 [out, in].
+        factor: the share of each group's range at the start, [out, groups].
+    """
+
+    weight: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, weight: Tensor, factor: Tensor, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        low, high = group_range(weight, grid)
+        self.register_buffer("weight", weight)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        self.offset = nn.Parameter(torch.zeros_like(weight))
+        self.low_factor = nn.Parameter(factor.clone())
+        self.high_factor = nn.Parameter(factor.clone())
+
+    @classmethod
+    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> Self:
+        return cls(weight, start(weight, grid), grid)
+
+    def forward(self, progress: float) -> Float[Tensor, "out in"]:
+        scale, zero = self._scale_and_zero()
+        return merge(scale * (self._codes(scale, zero) - zero))
+
+    def _scale_and_zero(self) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
+        low, high = self.low_factor * self.low, self.high_factor * self.high
+        if self.grid.symmetric:
+            reach = torch.where(high < -low, torch.maximum(-low, high), -torch.maximum(-low, high))
+            scale = self._stored(reach / self.grid.middle)
+            return scale, torch.full_like(scale, float(self.grid.middle))
+        scale = self._stored((high - low) / self.grid.levels)
+        return scale, round_through(-low.unsqueeze(-1) / scale).clamp(0, self.grid.levels)
+
+    def _stored(self, scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups 1"]:
+        """The scale as it is stored, its magnitude at least 1e-5."""
+        floored = torch.where(scale < 0, scale.clamp(max=-LEAST_SCALE), scale.clamp(min=LEAST_SCALE))
+        return store_through(floored, self.grid.scale_dtype).unsqueeze(-1)
+
+    def _codes(
+        self, scale: Float[Tensor, "out groups 1"], zero: Float[Tensor, "out groups 1"]
+    ) -> Float[Tensor, "out groups size"]:
+        groups = self.low.shape[1]
+        divided = split(self.weight, groups) / scale + split(self.offset, groups)
+        return (round_through(divided) + zero).clamp(0, self.grid.levels)
+
+    @torch.no_grad()
+    def freeze(self) -> Quantized:
+        scale, zero = self._scale_and_zero()
+        codes = self._codes(scale, zero)
+        return freeze(merge(codes), scale.squeeze(-1), zero.squeeze(-1), self.grid)
+
+    def groups(self) -> dict[Role, list[nn.Parameter]]:
+        return {"rounding": [self.offset], "range": [self.low_factor, self.high_factor]}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.low_factor.clamp_(0, 1)
+        self.high_factor.clamp_(0, 1)

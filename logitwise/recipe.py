@@ -1,0 +1,170 @@
+"""What to do: every option of a run, frozen, with unknown keys refused.
+
+Presets and the settings of each method are TOML files in `recipes/`. A recipe is made of the defaults, then a preset or
+a file, then single keys: later ones win.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from logitwise.errors import RecipeError
+from logitwise.grid import Grid
+
+PRESETS = ("quick", "standard", "best")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value that logitwise chose itself, and why."""
+
+    value: Any
+    why: str
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Learning(_Frozen):
+    """How the parameters of one role are learned."""
+
+    optimizer: Literal["adam", "sign_sgd"]
+    rate: float = Field(gt=0, description="learning rate at the first step, of `per`")
+    per: Literal["step", "fit"] = Field("step", description="'fit': the rate is divided by the number of steps")
+    schedule: Literal["cosine", "linear"]
+
+
+class Recipe(_Frozen):
+    """Every option of a run. The command line's options have the same names."""
+
+    bits: int = Field(4, ge=2, le=8, description="bits a weight")
+    group_size: int | None = Field(64, ge=8, description="weights that share a scale; None: one scale a channel")
+    symmetric: bool = Field(False, description="fixed zero point in the middle of the range")
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="type of stored scales")
+    format: str = Field("auto", description="checkpoint format, or auto")
+    keep: tuple[str, ...] = Field((), description="patterns of weights to leave in full precision")
+
+    method: str = Field("flexround", description="how weights are learned")
+    objective: str = Field("lfq", description="what the final blocks are fitted by")
+    final_blocks: int = Field(1, ge=1, description="blocks at the end that are fitted together by the objective")
+    start: str = Field("searched", description="where the ranges start")
+    learning: dict[str, Learning] | None = Field(None, description="by role; None: the method's own")
+
+    calibration: str = Field("self", description="self, self:FILE, text:FILE, jsonl:FILE or hf:NAME")
+    rows: int = Field(256, ge=1, description="calibration rows")
+    rows_last: int | None = Field(None, ge=1, description="calibration rows of the final blocks; None: as `rows`")
+    row_tokens: int = Field(512, ge=8, description="tokens a row")
+    held_out: int | None = Field(None, ge=0, description="rows that choose; None: an eighth, at least 16; 0: none")
+    steps: int = Field(300, ge=0, description="optimiser steps a block")
+    steps_last: int | None = Field(None, ge=0, description="steps of the final blocks; None: as `steps`")
+    batch: int = Field(8, ge=1, description="rows a step")
+    checks: int = Field(10, ge=1, description="how often held-out rows are asked while a block is fitted")
+
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type blocks are computed in")
+    strict: bool = Field(False, description="exit with 3 where something asked for was not met")
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of every quantized weight."""
+        return Grid(self.bits, self.group_size, self.symmetric, getattr(torch, self.scale_dtype))
+
+    @property
+    def held_out_rows(self) -> int:
+        """Rows set aside to choose by."""
+        return max(16, self.rows // 8) if self.held_out is None else self.held_out
+
+    def learning_of(self, role: str) -> Learning:
+        """How a role of the method is learned: the recipe's own settings, else the method's file."""
+        if self.learning and role in self.learning:
+            return self.learning[role]
+        return Learning.model_validate(_shipped(self.method)["learning"][role])
+
+    @classmethod
+    def load(cls, preset: str | Path | None = None, /, **changes: Any) -> Self:
+        """A preset's or file's recipe (default: `standard`), with `changes` on top.
+
+        Errors: RecipeError, naming the nearest key for one that is unknown.
+        """
+        settings = _shipped("standard") if preset is None else _read(preset)
+        return cls.of({**settings, **changes})
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """A recipe of plain settings.
+
+        Errors: RecipeError for unknown keys and values out of range.
+        """
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            raise _explained(error, settings) from error
+
+    def but(self, **changes: Any) -> Self:
+        """This recipe with some settings changed."""
+        return self.of({**self.model_dump(), **changes})
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` pairs of the command line; values are read as TOML, else taken as text.
+
+    Errors: RecipeError for a pair without `=`.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {pair} has no value", "it is read as key=value", "write --set steps=100, say")
+        try:
+            settings[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            settings[key.strip()] = None if value.strip().lower() == "none" else value.strip()
+    return settings
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    return tomllib.loads((resources.files("logitwise") / "recipes" / f"{name}.toml").read_text("utf-8"))
+
+
+def _read(preset: str | Path) -> dict[str, Any]:
+    if str(preset) in PRESETS:
+        return _shipped(str(preset))
+    try:
+        return tomllib.loads(Path(preset).read_text("utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(str(preset), PRESETS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise RecipeError(
+            f"no recipe {preset}{hint}",
+            f"it is neither a preset ({', '.join(PRESETS)}) nor a file",
+            "name a preset or the path of a TOML file",
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"recipe {preset} cannot be read", str(error), "mend the file; it is TOML") from error
+
+
+def _explained(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), list(Recipe.model_fields), 1, cutoff=0.5)
+        return RecipeError(
+            f"unknown recipe key {place}",
+            "no option has that name",
+            f"did you mean {near[0]}?" if near else f"known keys: {', '.join(Recipe.model_fields)}",
+        )
+    field = Recipe.model_fields.get(str(first["loc"][0]))
+    return RecipeError(
+        f"{place} = {first['input']!r} is not possible",
+        first["msg"][:1].lower() + first["msg"][1:],
+        f"{place}: {field.description}" if field and field.description else "change the value",
+    )

@@ -1,0 +1,118 @@
+"""What is finished and what it depended on: one file of codes and one of figures for each window.
+
+A window's key is a hash of the key before it and of everything that decides its own result, so that a run finds the
+longest prefix that is still valid. Resuming, changing the last window and making a variant are one thing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from logitwise.calibration.rows import Rows
+from logitwise.errors import MachineError
+from logitwise.grid import Grid, Quantized
+
+
+def chain(previous: str, **settings: Any) -> str:
+    """The key of what follows `previous` under `settings` (JSON values)."""
+    text = json.dumps([previous, settings], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class RunFolder:
+    """Finished parts of a run, by key.
+
+    Args:
+        path: the folder, made when something is first saved.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def has(self, key: str) -> bool:
+        """Whether the part is finished; its JSON is written last."""
+        return (self.path / f"{key}.json").is_file() and (self.path / f"{key}.safetensors").is_file()
+
+    def save(self, key: str, quantized: dict[str, Quantized], record: dict[str, Any]) -> None:
+        """A finished window: its slots by name, and its figures."""
+        tensors: dict[str, Tensor] = {}
+        for name, q in quantized.items():
+            tensors |= {f"{name}:codes": q.codes, f"{name}:scale": q.scale, f"{name}:zero": q.zero}
+        self._write(key, tensors, record)
+
+    def record(self, key: str) -> dict[str, Any]:
+        """The figures of a finished window."""
+        record: dict[str, Any] = json.loads((self.path / f"{key}.json").read_text("utf-8"))
+        return record
+
+    def load(self, key: str, grid: Grid, name: str) -> Quantized:
+        """One slot of a finished window."""
+        with safe_open(self.path / f"{key}.safetensors", framework="pt") as file:
+            codes, scale, zero = (file.get_tensor(f"{name}:{part}") for part in ("codes", "scale", "zero"))
+        return Quantized(codes, scale, zero, grid)
+
+    def save_rows(self, key: str, rows: Rows, held_out: Rows, record: dict[str, Any]) -> None:
+        """The calibration rows of a run."""
+        tensors = {
+            f"{part}:{name}": tensor
+            for part, found in (("rows", rows), ("held_out", held_out))
+            for name, tensor in vars(found).items()
+        }
+        self._write(key, tensors, record)
+
+    def load_rows(self, key: str) -> tuple[Rows, Rows]:
+        """Calibration and held-out rows."""
+        tensors = load_file(self.path / f"{key}.safetensors")
+        rows, held_out = (
+            Rows(*(tensors[f"{part}:{name}"] for name in ("ids", "following", "weights"))) for part in ("rows", "held_out")
+        )
+        return rows, held_out
+
+    def note(self, name: str, text: str) -> None:
+        """A file for people."""
+        self._make()
+        (self.path / name).write_text(text, encoding="utf-8")
+
+    def remove(self) -> None:
+        """The folder and everything in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(
+                f"the run folder {self.path} cannot be made", str(error), "free the place or choose another OUT"
+            ) from error
+
+    def _write(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        self._make()
+        partial = self.path / f"{key}.partial"
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+            os.replace(partial, self.path / f"{key}.safetensors")
+            partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            os.replace(partial, self.path / f"{key}.json")
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise MachineError(
+                f"{self.path} cannot be written",
+                str(error),
+                "free some disk and run the same command again: finished windows are kept",
+            ) from error
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """A hash of tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,53 @@
+"""Where a model comes from: its config, its tensors one at a time, its tokenizer and the files beside them."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+class Source(ABC):
+    """A model on disk, read one tensor at a time.
+
+    Tensor names are transformers' own parameter names (`model.layers.0.self_attn.q_proj.weight`).
+    """
+
+    name: str
+    config: PretrainedConfig
+    dtype: torch.dtype
+    """The type that tensors are read in and kept tensors are stored in."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Every tensor of the model, in the order of the files."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor, without reading it."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One tensor in `dtype` (on the CPU); nothing else is held in memory.
+
+        Errors: SourceError, naming the tensor and the file.
+        """
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, with its chat template where it has one."""
+
+    @property
+    def unused(self) -> list[str]:
+        """Tensors of the files that the model has no place for (masks, rotary tables of older versions)."""
+        return []
+
+    def extra_files(self) -> list[Path]:
+        """Files to carry over unchanged: generation config, licence."""
+        return []
+
+    @property
+    @abstractmethod
+    def size_bytes(self) -> int:
+        """What the weights take on disk, in bytes."""

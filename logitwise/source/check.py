@@ -1,0 +1,60 @@
+"""Checks of a source before any work: its numbers and its tokenizer."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+
+from logitwise.errors import SourceError
+from logitwise.source.base import Source
+
+
+def check_weights(source: Source, progress: Callable[[int, int], None] | None = None) -> str:
+    """One pass over every tensor; returns the fingerprint of the model.
+
+    Args:
+        source: the model.
+        progress: called with (tensors done, tensors in all) after each.
+
+    Returns:
+        SHA-256 over the name, shape, type and bytes of every tensor, as hex digits.
+
+    Errors: SourceError, naming the tensor, where one holds NaN or infinity.
+    """
+    digest = hashlib.sha256()
+    names = source.names()
+    for done, name in enumerate(sorted(names), start=1):
+        tensor = source.read(name)
+        # NaN and infinity survive in the extremes, which are found many times faster than isfinite looks at them all.
+        if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+            raise SourceError(
+                f"tensor {name} is not finite",
+                f"{bad} of its {tensor.numel()} values are NaN or infinity (read as {tensor.dtype})",
+                "the checkpoint is damaged, or overflows that type: fetch the model again, or use another one",
+            )
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if progress is not None:
+            progress(done, len(names))
+    return digest.hexdigest()
+
+
+def check_tokenizer(source: Source) -> None:
+    """Refuses a tokenizer that is missing, empty, or has ids beyond the embedding's rows.
+
+    Errors: SourceError, with the largest id and the number of rows.
+    """
+    vocabulary = source.tokenizer().get_vocab()
+    rows = source.config.get_text_config().vocab_size
+    largest = max(vocabulary.values(), default=-1)
+    if largest < 0:
+        raise SourceError(
+            f"the tokenizer of {source.name} is empty", "it has no tokens", "put the model's tokenizer.json beside it"
+        )
+    if largest >= rows:
+        raise SourceError(
+            f"the tokenizer of {source.name} does not fit the model",
+            f"its largest id is {largest}, but the embedding has {rows} rows (ids 0 to {rows - 1})",
+            "use the tokenizer that came with these weights",
+        )

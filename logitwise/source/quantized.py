@@ -1,0 +1,95 @@
+"""A folder whose weights are already quantized, read through the format that wrote them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitwise.errors import SourceError
+from logitwise.formats import FORMATS
+from logitwise.grid import Grid, Quantized
+from logitwise.source.folder import FolderSource, read_config
+from logitwise.source.shards import DTYPES
+
+
+class QuantizedFolder(FolderSource):
+    """A quantized checkpoint.
+
+    `read` gives quantized weights dequantized in float32 and every other tensor in the type of its file, so that
+    the model is evaluated as it is stored when it is computed in float32.
+
+    Args:
+        folder: where config.json and the safetensors files are.
+        name: what the model is called; the folder's own name by default.
+
+    Errors: SourceError as for any folder, or where the method is not read yet; FormatError for its config or tensors.
+    """
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """How the weights are quantized, as config.json says."""
+        return dict(self.config.quantization_config)
+
+    def read(self, name: str) -> Tensor:
+        """A quantized weight dequantized in float32, any other tensor as it is stored."""
+        quantized = self.quantized(name)
+        return self.raw(self._places[name]) if quantized is None else quantized.dequantize()
+
+    def quantized(self, name: str) -> Quantized | None:
+        """The codes, scales and zero points of a weight; None where it is kept in full precision.
+
+        Errors: FormatError, naming the tensor that does not fit the format.
+        """
+        prefix = self._places[name].removesuffix(".weight")
+        tensors = {stored: self.raw(stored) for stored in self._tensors_of.get(prefix, [])}
+        return self._format.read(prefix, tensors, self.grid) if tensors else None
+
+    def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        method = self.quantization_config.get("quant_method")
+        if method not in FORMATS:
+            raise SourceError(
+                f"{self.folder} is quantized by {method}",
+                f"that method is not read yet; those that are: {', '.join(FORMATS)}",
+                "give the model it was quantized from, in full precision",
+            )
+        self._format = FORMATS[method]
+        self._tensors_of = self._group()
+        self.grid = self._grid()
+        shapes: dict[str, tuple[int, ...]] = {}
+        for stored, entry in self._shards.entries.items():
+            prefix = stored.rpartition(".")[0]
+            if stored not in self._tensors_of.get(prefix, []):
+                shapes[stored] = entry.shape
+            elif f"{prefix}.weight" not in shapes:
+                shapes[f"{prefix}.weight"] = self._shape_of(prefix)
+        return shapes
+
+    def _group(self) -> dict[str, list[str]]:
+        """The tensors of each quantized layer, by the layer's module in the files."""
+        groups: dict[str, list[str]] = {}
+        for stored in self._shards.entries:
+            prefix, _, suffix = stored.rpartition(".")
+            if suffix in self._format.suffixes:
+                groups.setdefault(prefix, []).append(stored)
+        return groups
+
+    def _grid(self) -> Grid:
+        scales = {entry.dtype for name, entry in self._shards.entries.items() if name.endswith("_scale")}
+        known = sorted(scales & set(DTYPES))
+        return self._format.grid_of(self.quantization_config, DTYPES[known[0]] if known else torch.float16)
+
+    def _shape_of(self, prefix: str) -> tuple[int, ...]:
+        stored = f"{prefix}.weight_shape"
+        if stored not in self._tensors_of[prefix]:
+            raise SourceError(f"tensor {stored} is missing", f"{prefix} is quantized", "fetch the model again")
+        return tuple(int(size) for size in self.raw(stored).flatten())
+
+
+def open_folder(folder: Path, name: str | None = None) -> FolderSource:
+    """The model in a folder, in full precision or quantized, as its config says.
+
+    Errors: SourceError, naming the file, tensor or method.
+    """
+    quantized = getattr(read_config(folder), "quantization_config", None) is not None
+    return QuantizedFolder(folder, name) if quantized else FolderSource(folder, name)

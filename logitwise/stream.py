@@ -1,0 +1,199 @@
+"""Walks the blocks: which windows are fitted in which order, and the activations that go from one to the next.
+
+The teacher sees full-precision blocks on full-precision inputs. The student sees the window being fitted on inputs that
+came through the blocks already quantized. Every block is fitted by mean squared error on its own; the last K blocks are
+then fitted again, together, by the objective, from the student's inputs of that place (the fork).
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from logitwise.calibration.rows import Rows
+from logitwise.errors import RecipeError
+from logitwise.fit import Data, Schedule, Window, fit, measure
+from logitwise.grid import Quantized
+from logitwise.objectives import OBJECTIVES
+from logitwise.quantizers import QUANTIZERS, STARTS
+from logitwise.recipe import Recipe
+from logitwise.runfolder import RunFolder, chain
+from logitwise.skeleton import Head, Skeleton, Slot
+from logitwise.watch import Stage, Watcher
+
+NUMERICS = 1
+"""Raised when the same settings give another result, so that finished windows of before are not reused."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One window to fit.
+
+    Args:
+        blocks: its blocks.
+        objective: what it is fitted by.
+        steps, train: how long, on how many rows.
+        key: names its result in the run folder.
+    """
+
+    blocks: range
+    objective: str
+    steps: int
+    train: int
+    key: str
+
+    @property
+    def title(self) -> str:
+        """How people call it."""
+        first, last = self.blocks[0] + 1, self.blocks[-1] + 1
+        return f"block {last}" if first == last else f"blocks {first} to {last}"
+
+
+def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
+    """The windows of a run in order; `root` is the key of what all depend on (model, rows, versions).
+
+    Errors: RecipeError where more final blocks are asked for than the model has.
+    """
+    if recipe.final_blocks > depth:
+        raise RecipeError(
+            f"--final-blocks {recipe.final_blocks} is too many",
+            f"the model has {depth} blocks",
+            f"choose 1 to {depth}",
+        )
+    fork = depth - recipe.final_blocks
+    learning = {role: vars(recipe.learning_of(role)) for role in _roles(recipe)}
+    common = dict(
+        grid=vars(recipe.grid),
+        method=recipe.method,
+        start=recipe.start,
+        learning=learning,
+        batch=recipe.batch,
+        checks=recipe.checks,
+        seed=recipe.seed,
+        keep=recipe.keep,
+        numerics=NUMERICS,
+    )
+
+    def step(blocks: range, objective: str, previous: str) -> Step:
+        final = blocks[0] >= fork
+        steps = recipe.steps_last if final and recipe.steps_last is not None else recipe.steps
+        train = recipe.rows_last if final and recipe.rows_last is not None else recipe.rows
+        own = dict(blocks=[blocks[0], blocks[-1]], objective=objective, steps=steps, train=train)
+        return Step(blocks, objective, steps, train, chain(previous, **common, **own))
+
+    steps: list[Step] = []
+    for block in range(depth):
+        steps.append(step(range(block, block + 1), "mse", steps[-1].key if steps else root))
+    if OBJECTIVES[recipe.objective].reads_head:
+        steps.append(step(range(fork, depth), recipe.objective, steps[fork - 1].key if fork else root))
+    return steps
+
+
+def _roles(recipe: Recipe) -> list[str]:
+    """The roles of the method's parameters, read off a weight of one group."""
+    method = QUANTIZERS[recipe.method]
+    sample = method.start(torch.tensor([[-1.0, 1.0] * 4]), replace(recipe.grid, group_size=None), STARTS["minmax"])
+    return [str(role) for role in sample.groups()]
+
+
+class Walk:
+    """Fits the windows that the run folder does not have yet.
+
+    Args:
+        skeleton: the model.
+        recipe: how.
+        rows: the rows to learn from, then those held out; `held_out` of the latter.
+        folder: where finished windows are.
+        kept: slots that stay in full precision.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        recipe: Recipe,
+        rows: Rows,
+        held_out: int,
+        folder: RunFolder,
+        kept: Callable[[Slot], bool],
+    ) -> None:
+        self.skeleton, self.recipe, self.rows, self.held_out = skeleton, recipe, rows, held_out
+        self.folder, self.kept = folder, kept
+
+    def run(self, steps: list[Step], watcher: Watcher) -> None:
+        """Fits every step that is not finished; afterwards the run folder has them all."""
+        missing = [step for step in steps if not self.folder.has(step.key)]
+        if not missing:
+            watcher.say(f"all {len(steps)} windows were finished before")
+            return
+        if len(missing) < len(steps):
+            watcher.say(f"{len(steps) - len(missing)} of {len(steps)} windows were finished before")
+        depth, refit = len(self.skeleton), steps[len(self.skeleton) :]
+        fork = refit[0].blocks[0] if refit else depth
+        with watcher.stage("Fitting blocks", sum(self._cost(step) for step in steps)) as stage:
+            calls = self.skeleton.calls(self.rows.ids.shape[1])
+            teacher = self.skeleton.embed(self.rows.ids, batch=self.recipe.batch)
+            student = at_fork = teacher.clone()
+            head: Head | None = None
+            for step in steps[:depth]:
+                if step.blocks[0] == fork:
+                    at_fork = student.clone() if fork < depth - 1 else student
+                window = Window(self.skeleton, step.blocks, calls, self.kept)
+                window.advance(teacher, {}, self.recipe.batch)
+                if step.blocks[-1] == depth - 1:
+                    head = self.skeleton.head()
+                quantized = self._finish(step, window, student, teacher, head, stage)
+                if step.blocks[-1] < depth - 1:
+                    weights = {slot: q.dequantize() for slot, q in quantized.items()}
+                    window.advance(student, weights, self.recipe.batch)
+            for step in refit:
+                window = Window(self.skeleton, step.blocks, calls, self.kept)
+                self._finish(step, window, at_fork, teacher, head, stage)
+
+    def _finish(
+        self, step: Step, window: Window, student: Tensor, teacher: Tensor, head: Head | None, stage: Stage
+    ) -> dict[Slot, Quantized]:
+        """A step's result, from the run folder or fitted now."""
+        recipe, device = self.recipe, self.skeleton.device
+        stage.advance(0, f"{step.title} of {len(self.skeleton)}, {step.objective}")
+        if self.folder.has(step.key):
+            stage.advance(self._cost(step))
+            return {s: self.folder.load(step.key, recipe.grid, s.name).to(device) for s in window.slots}
+        data = Data(student, teacher, self.rows.weights.to(device), step.train, self.held_out)
+        seed = int(hashlib.sha256(f"{recipe.seed} {step.blocks} {step.objective}".encode()).hexdigest()[:15], 16)
+        schedule = Schedule(step.steps, recipe.batch, recipe.checks, recipe.learning_of, seed)
+        quantizers = window.quantizers(QUANTIZERS[recipe.method], recipe.grid, STARTS[recipe.start])
+        objective = OBJECTIVES[step.objective]
+        began = time.monotonic()
+        per_step = self._cost_of_a_step(step)
+        fitted = fit(window, quantizers, objective, head, data, schedule, stage, per_step)
+        record = dict(
+            blocks=[step.blocks[0], step.blocks[-1]],
+            objective=step.objective,
+            losses=fitted.losses,
+            held_out=fitted.held_out,
+            kept=fitted.kept,
+            seconds=round(time.monotonic() - began, 3),
+        )
+        if head is not None and self.held_out:
+            weights = {slot: q.dequantize() for slot, q in fitted.quantized.items()}
+            record["held_out_kl"] = measure(window, weights, OBJECTIVES["lfq"], head, data, recipe.batch)
+        self.folder.save(step.key, {slot.name: q for slot, q in fitted.quantized.items()}, record)
+        stage.advance(self._cost(step) - step.steps * per_step)
+        return fitted.quantized
+
+    def _cost_of_a_step(self, step: Step) -> float:
+        return self.recipe.batch * 3e-6 * self._parameters(step)
+
+    def _parameters(self, step: Step) -> int:
+        """Weights that a token of this step meets, the head included where it is read."""
+        block = sum(p.numel() for p in self.skeleton.blocks[0].parameters()) * len(step.blocks)
+        head: int = self.skeleton.model.get_output_embeddings().weight.numel() * OBJECTIVES[step.objective].reads_head
+        return block + head
+
+    def _cost(self, step: Step) -> float:
+        """Rough multiply-adds of a step, for the time left: what is shown, not what is decided."""
+        asked = (self.recipe.checks + 1) * self.held_out * 1e-6 * self._parameters(step)
+        return step.steps * self._cost_of_a_step(step) + asked + 2e-6 * len(self.rows) * self._parameters(step)
