@@ -221,8 +221,10 @@ def _optimizers(
         rate = learning.rate / (steps if learning.per == "fit" else 1)
         group = [{"params": parameters, "lr": rate}]
         optimizer = SignSGD(group) if learning.optimizer == "sign_sgd" else torch.optim.Adam(group, fused=True)
-        shape = (lambda t: 0.5 * (1 + math.cos(math.pi * t / steps))) if learning.schedule == "cosine" else (
-            lambda t: 1 - t / steps
+        shape = (
+            (lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
+            if learning.schedule == "cosine"
+            else (lambda t: 1 - t / steps)
         )
         optimizers.append(optimizer)
         schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, shape))

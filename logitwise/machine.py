@@ -10,7 +10,7 @@ import torch
 from logitwise.errors import RecipeError
 from logitwise.recipe import Choice, Recipe
 
-REPORTED = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
+REPORTED = ("logitwise", "torch", "transformers", "tokenizers", "safetensors", "gguf")
 
 
 def choose_machine(recipe: Recipe) -> dict[str, Choice]:
@@ -38,8 +38,15 @@ def choose_machine(recipe: Recipe) -> dict[str, Choice]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide results."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in REPORTED}}
+    """Of Python, logitwise and the packages that decide results."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in REPORTED}}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"  # logitwise itself, run from its source folder
 
 
 @contextmanager

@@ -23,7 +23,7 @@ tags: [logitwise, quantized]
 # {name}, {grid}
 
 The linear layers of [{name}] quantized to {grid}, {kind}, by
-[logitwise](https://pypi.org/project/logitwise/) {report["logitwise"]} with {recipe["method"]}; the final blocks were fitted by
+[logitwise](https://pypi.org/project/logitwise/) {report["versions"]["logitwise"]} with {recipe["method"]}; the final blocks were fitted by
 {report["fitted_by"]}. {report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.
 {measured}
 ```python

@@ -6,7 +6,6 @@ source -> calibration rows -> stream of blocks -> fit -> run folder -> format ->
 import gc
 import time
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,6 @@ def quantize(
             return folder.load(made_by[slot.block].key, recipe.grid, slot.name)
 
         report = {
-            "logitwise": metadata.version("logitwise"),
             "model": {"name": job.source.name, "sha256": job.digest, "dtype": str(job.source.dtype)[6:]},
             "recipe": recipe.model_dump(),
             "choices": {name: asdict(choice) for name, choice in job.choices.items()},

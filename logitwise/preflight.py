@@ -48,7 +48,13 @@ class Job:
 
 
 def check(
-    model: str | Path, out: Path, recipe: Recipe, overwrite: bool, reads_text: bool, revision: str | None, watcher: Watcher
+    model: str | Path,
+    out: Path,
+    recipe: Recipe,
+    overwrite: bool,
+    reads_text: bool,
+    revision: str | None,
+    watcher: Watcher,
 ) -> Job:
     """A job, or the first reason why not; nothing is written.
 
@@ -105,13 +111,12 @@ def _check_slots(slots: list[Slot], form: Format, recipe: Recipe) -> None:
     if not slots:
         raise RecipeError("nothing is left to quantize", "--keep matches every layer", "keep fewer layers")
     for slot in slots:
-        reason = form.holds_layer(
-            slot.module, slot.out_features, slot.in_features, slot.transposed, recipe.grid
-        )
+        reason = form.holds_layer(slot.module, slot.out_features, slot.in_features, slot.transposed, recipe.grid)
         if reason is not None:
             raise FormatError(
                 f"{slot.module} cannot be quantized so",
                 reason,
-                "choose another --group-size, --per-channel, or --keep this layer" if not slot.transposed
+                "choose another --group-size, --per-channel, or --keep this layer"
+                if not slot.transposed
                 else "no format holds this architecture yet",
             )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
 
-PRESETS = ("quick", "standard", "best")
+PRESETS = ("quick", "standard", "best", "demo")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ class Recipe(_Frozen):
     seed: int = Field(0, ge=0)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type blocks are computed in")
-    strict: bool = Field(False, description="exit with 3 where something asked for was not met")
 
     @property
     def grid(self) -> Grid:
@@ -90,7 +89,7 @@ class Recipe(_Frozen):
         return Learning.model_validate(_shipped(self.method)["learning"][role])
 
     @classmethod
-    def load(cls, preset: str | Path | None = None, /, **changes: Any) -> Self:
+    def load(cls, preset: str | Path | None = None, /, **changes: Any) -> "Recipe":
         """A preset's or file's recipe (default: `standard`), with `changes` on top.
 
         Errors: RecipeError, naming the nearest key for one that is unknown.
@@ -99,7 +98,7 @@ class Recipe(_Frozen):
         return cls.of({**settings, **changes})
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Self:
+    def of(cls, settings: Mapping[str, Any]) -> "Recipe":
         """A recipe of plain settings.
 
         Errors: RecipeError for unknown keys and values out of range.
@@ -109,7 +108,7 @@ class Recipe(_Frozen):
         except ValidationError as error:
             raise _explained(error, settings) from error
 
-    def but(self, **changes: Any) -> Self:
+    def but(self, **changes: Any) -> "Recipe":
         """This recipe with some settings changed."""
         return self.of({**self.model_dump(), **changes})
 
@@ -156,11 +155,12 @@ def _explained(error: ValidationError, settings: Mapping[str, Any]) -> RecipeErr
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), list(Recipe.model_fields), 1, cutoff=0.5)
+        known = list((Recipe if len(first["loc"]) == 1 else Learning).model_fields)
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, cutoff=0.5)
         return RecipeError(
             f"unknown recipe key {place}",
             "no option has that name",
-            f"did you mean {near[0]}?" if near else f"known keys: {', '.join(Recipe.model_fields)}",
+            f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}",
         )
     field = Recipe.model_fields.get(str(first["loc"][0]))
     return RecipeError(

@@ -72,7 +72,8 @@ class RunFolder:
         """Calibration and held-out rows."""
         tensors = load_file(self.path / f"{key}.safetensors")
         rows, held_out = (
-            Rows(*(tensors[f"{part}:{name}"] for name in ("ids", "following", "weights"))) for part in ("rows", "held_out")
+            Rows(*(tensors[f"{part}:{name}"] for name in ("ids", "following", "weights")))
+            for part in ("rows", "held_out")
         )
         return rows, held_out
 

@@ -104,7 +104,7 @@ class Head(nn.Module):
         projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
         if self.bias is not None:
             projected += self.bias
-        return self.transform(projected).view(*hidden.shape[:-1], -1)
+        return self.transform(projected).view(*hidden.shape[:-1], self.weight.shape[0])
 
     def transform(self, projected: Float[Tensor, "... vocabulary"]) -> Float[Tensor, "... vocabulary"]:
         """The logit scale and soft-cap."""
@@ -314,7 +314,9 @@ class Skeleton:
             after = [deepcopy(module) for module in called]
         weight, bias = self._vocabulary_projection(source)
         config = self.model.config
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         return Head(after, weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
     def _vocabulary_projection(self, source: Source) -> tuple[Tensor, Tensor | None]:

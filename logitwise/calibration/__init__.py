@@ -1,0 +1,185 @@
+"""Calibration: from what the user asks for to rows of tokens.
+
+documents_of   the model's own answers, a text file, JSON lines or a data set, as documents
+set_aside      some of them held out (holdout.py)
+pack           one after another, cut into rows (rows.py)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from logitwise.calibration.datasets import check_installed, read_datasets
+from logitwise.calibration.generate import write_answers
+from logitwise.calibration.holdout import set_aside
+from logitwise.calibration.jsonl import read_jsonl
+from logitwise.calibration.prompts import prompts_of_file, shipped_prompts
+from logitwise.calibration.rows import Document, Rows, pack
+from logitwise.calibration.text import read_text, read_utf8
+from logitwise.errors import CalibrationError
+
+__all__ = ["Calibration", "check_spec", "documents_of", "prepare"]
+
+KINDS = "self, self:FILE, text:FILE, jsonl:FILE, hf:NAME"
+ANSWER_TOKENS = 256  # the longest answer of the model's own text
+ANSWER_BATCH = 64
+DOCUMENT_LEAST = 32  # tokens; a templated prompt and its answer are hardly ever shorter, so prompts do not run out
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Rows to fit on and rows to judge by.
+
+    Args:
+        rows: what blocks are fitted on.
+        held_out: rows of other documents (none where none were asked for).
+        first_row_text: the first row, decoded, for a user to look at.
+        counts: documents, tokens, counted_tokens (predictions in `rows` that count), rows, held_out_rows.
+    """
+
+    rows: Rows
+    held_out: Rows
+    first_row_text: str
+    counts: dict[str, int]
+
+
+def check_spec(spec: str) -> None:
+    """Refuse what can be refused before any work.
+
+    Errors: CalibrationError for an unknown kind, a file that is missing, empty or not text, a package not installed.
+    """
+    match split(spec):
+        case "self", "":
+            pass
+        case "self", file:
+            prompts_of_file(Path(file))
+        case "hf", _:
+            check_installed()
+        case _, file:
+            read_utf8(Path(file))
+
+
+def documents_of(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_loader: Callable[[], PreTrainedModel],
+    *,
+    tokens: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Document]:
+    """The documents that a spec (self, self:FILE, text:FILE, jsonl:FILE, hf:NAME) stands for.
+
+    Args:
+        model_loader: loads the whole model; called for the model's own text only, and the model let go after.
+        tokens: how many to write or to fetch; files are read whole.
+        progress: called with the tokens written and `tokens`.
+
+    Errors: CalibrationError for an unknown kind, or text that cannot be read.
+    """
+    match split(spec):
+        case "self", file:
+            prompts = prompts_of_file(Path(file)) if file else shipped_prompts(max(1, tokens // DOCUMENT_LEAST), seed)
+            return write_answers(
+                model_loader(),
+                tokenizer,
+                prompts,
+                tokens=tokens,
+                answer_tokens=ANSWER_TOKENS,
+                batch=ANSWER_BATCH,
+                seed=seed,
+                progress=progress,
+            )
+        case "text", file:
+            return read_text(Path(file), tokenizer)
+        case "jsonl", file:
+            return read_jsonl(Path(file), tokenizer)
+        case _, name:
+            return read_datasets(name, tokenizer, tokens)
+
+
+def prepare(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_loader: Callable[[], PreTrainedModel],
+    *,
+    rows: int,
+    held_out: int,
+    row_tokens: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Rows to fit on and held-out rows; at most `rows` and `held_out` of `row_tokens` tokens.
+
+    Where there is less text than asked for, both get their share of it.
+
+    Errors: CalibrationError where the text does not fill one row of each, or none of its tokens count.
+    """
+    separator = separator_of(tokenizer)
+    # A row more for each side: documents are set aside whole.
+    tokens = (rows + held_out + 2) * row_tokens
+    documents = documents_of(spec, tokenizer, model_loader, tokens=tokens, seed=seed, progress=progress)
+    total = sum(len(document.ids) for document in documents)
+    least = row_tokens + 1  # a row and the token that follows it
+    if total < (2 * least if held_out else least):
+        raise CalibrationError(
+            f"{total} calibration tokens are too few",
+            f"one row takes {row_tokens} and the one that follows" + (", and so does one held out" if held_out else ""),
+            "give more text (or more prompts), or a smaller --row-tokens",
+        )
+    if held_out:
+        kept, aside = set_aside(documents, share=held_out / (rows + held_out), least_tokens=least, seed=seed)
+        fitted = pack(kept, separator, row_tokens)[:rows]
+        judged = pack(aside, separator, row_tokens)[:held_out]
+    else:
+        fitted = pack(documents, separator, row_tokens)[:rows]
+        judged = fitted[:0]
+    for part, title in ((fitted, "calibration"), (judged, "held-out")):
+        if len(part) and not part.counted():
+            raise CalibrationError(
+                f"no token of the {title} rows counts",
+                "only answers and plain text count, not prompts",
+                "give lines with longer answers, or more rows",
+            )
+    counts = {
+        "documents": len(documents),
+        "tokens": total,
+        "counted_tokens": fitted.counted(),
+        "rows": len(fitted),
+        "held_out_rows": len(judged),
+    }
+    return Calibration(fitted, judged, str(tokenizer.decode(fitted.ids[0].tolist())), counts)
+
+
+def split(spec: str) -> tuple[str, str]:
+    """The kind of a spec and what follows its colon.
+
+    Errors: CalibrationError for an unknown kind, or one without what it needs.
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind not in ("self", "text", "jsonl", "hf"):
+        raise CalibrationError(f"calibration {spec!r} is unknown", f"known are {KINDS}", "choose one of them")
+    if not rest and (colon or kind != "self"):
+        what = "a name" if kind == "hf" else "a file"
+        raise CalibrationError(f"calibration {spec!r} lacks {what}", f"known are {KINDS}", "add it after the colon")
+    return kind, rest
+
+
+def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token between documents: the one that begins a text, or else the one that ends it.
+
+    The end token of a chat model often ends a turn and not a text (<|im_end|>, <|eot_id|>); the beginning token is
+    what the model has seen before a new text, and it is then the document's own.
+
+    Errors: CalibrationError where the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise CalibrationError(
+        "the tokenizer has no separator for documents",
+        "it names neither a beginning nor an end of text",
+        "set bos_token or eos_token in tokenizer_config.json",
+    )

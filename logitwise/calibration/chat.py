@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from logitwise.calibration.rows import Document
@@ -26,15 +27,30 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) ->
 
 
 def templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, opened: bool) -> str:
-    """A conversation as text; `opened`: up to where the assistant's next turn begins."""
-    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
-    return text
+    """A conversation as text; `opened`: up to where the assistant's next turn begins.
+
+    Errors: CalibrationError where the tokenizer has no chat template, or it refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        raise CalibrationError(
+            "the tokenizer has no chat template",
+            "without one a conversation has no text",
+            "give the lines as prompt and completion, or as plain text",
+        )
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
+    except (TemplateError, TypeError) as error:
+        raise CalibrationError(
+            "the chat template refuses the conversation", str(error), "use the roles and the order that it knows"
+        ) from error
+    return str(text)
 
 
 def completed(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Document:
     """A prompt and its completion with the token that ends it; only the completion counts."""
     if tokenizer.chat_template:
-        return conversation(tokenizer, [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return conversation(tokenizer, turns)
     before = prompt_ids(tokenizer, prompt)
     after = text_ids(tokenizer, completion, special=False)
     if tokenizer.eos_token_id is not None:
@@ -48,34 +64,21 @@ def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     An assistant's turn is what the template adds between the conversation before it, opened for the assistant, and
     the conversation with it. White space that a template puts after the end token does not count.
 
-    Errors: CalibrationError where the template does not write a longer conversation as a continuation of a shorter.
+    Errors: CalibrationError where a longer conversation is not templated to a continuation of a shorter one.
     """
-    ids: list[int] = []
-    counts: list[bool] = []
-    written = ""
-
-    def add(text: str, counted: bool) -> None:
-        new = text_ids(tokenizer, text, special=False) if text else []
-        ids.extend(new)
-        counts.extend([counted] * len(new))
-
+    text = templated(tokenizer, messages, opened=False)
+    turns: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        opened = templated(tokenizer, messages[:index], opened=True)
-        closed = templated(tokenizer, messages[: index + 1], opened=False)
-        if not (opened.startswith(written) and closed.startswith(opened)):
-            raise CalibrationError(
-                "the chat template cannot tell what the assistant wrote",
-                f"with message {index + 1} it writes the messages before it differently",
-                "give the lines as prompt and completion, or as plain text",
-            )
-        turn = closed[len(opened) :]
-        end = turn.rstrip()
-        add(opened[len(written) :], False)
-        add(end, True)
-        # What follows the end token belongs to the text before the next turn.
-        written = opened + end
-    whole = templated(tokenizer, messages, opened=False)
-    add(whole[len(written) :], False)
-    return Document(ids, counts)
+        if message["role"] == "assistant":
+            opened = templated(tokenizer, messages[:index], opened=True)
+            closed = templated(tokenizer, messages[: index + 1], opened=False)
+            if not (closed.startswith(opened) and text.startswith(closed)):
+                raise CalibrationError(
+                    "the chat template does not show what the assistant wrote",
+                    f"it writes the conversation up to message {index + 1} differently when more follows",
+                    "give the lines as prompt and completion, or as plain text",
+                )
+            turns.append((len(opened), max(len(opened), len(closed.rstrip()))))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    counts = [any(begin <= start < end for begin, end in turns) for start, _ in encoded["offset_mapping"]]
+    return Document(encoded["input_ids"], counts)

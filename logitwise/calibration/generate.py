@@ -7,15 +7,17 @@ cache is kept small: it grows in steps as the answers do, and answers that have 
 import inspect
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import cast
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from logitwise.calibration.chat import prompt_ids
 from logitwise.calibration.rows import Document
@@ -79,7 +81,7 @@ def write_answers(
     shuffle = random.Random(seed)
     sampler = Sampler(temperature, torch.Generator(model.device).manual_seed(seed))
     ends = end_ids(model, tokenizer)
-    waiting = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    waiting = list(prompts)
     documents: list[Document] = []
     written = 0
     while waiting and written < tokens:
@@ -87,8 +89,9 @@ def write_answers(
         if documents:
             needed = math.ceil(SPARE_PROMPTS * (tokens - written) * len(documents) / written)
         else:
-            needed = min(batch, math.ceil(tokens / (len(waiting[0]) + answer_tokens)))
-        taken, waiting = sorted(waiting[:needed], key=len), waiting[needed:]
+            needed = min(batch, math.ceil(tokens / answer_tokens))
+        taken = sorted((prompt_ids(tokenizer, prompt) for prompt in waiting[:needed]), key=len)
+        waiting = waiting[needed:]
         for part in shuffle.sample(parts := evenly(taken, batch), len(parts)):
             if written >= tokens:
                 break
@@ -133,7 +136,8 @@ def answer(
     rows = torch.arange(len(prompts), device=model.device)  # the prompt each row of the batch belongs to
     live = torch.ones_like(rows, dtype=torch.bool)
     capacity = min(round_up(longest), longest + steps)
-    cache = StaticCache(config=model.config, max_cache_len=capacity)
+    cache = StaticCache(model.config, capacity)
+    list(layers_of(cache))  # refuses before the first forward
     written = sum(map(len, prompts))
     for length in range(longest, longest + steps):
         output = model(
@@ -168,19 +172,34 @@ def resize(cache: StaticCache, config: PreTrainedConfig, kept: Int64[Tensor, " k
 
     A sliding layer that has reached its window keeps its size: it has begun to overwrite its oldest positions.
     """
-    for index, new in enumerate(StaticCache(config=config, max_cache_len=capacity).layers):
-        old = cache.layers[index]
-        keys, values = old.keys.index_select(0, kept), old.values.index_select(0, kept)
+    for index, (old, new) in enumerate(zip(layers_of(cache), layers_of(StaticCache(config, capacity)), strict=True)):
+        keys, values = (cast(Tensor, part).index_select(0, kept) for part in (old.keys, old.values))
         if new.max_cache_len == old.max_cache_len:
             old.keys, old.values, old.batch_size = keys, values, len(kept)
             continue
         new.lazy_initialization(keys, values)
-        new.keys[:, :, : old.max_cache_len] = keys
-        new.values[:, :, : old.max_cache_len] = values
+        for part, filled in ((new.keys, keys), (new.values, values)):
+            cast(Tensor, part)[:, :, : old.max_cache_len] = filled
         new.cumulative_length.copy_(old.cumulative_length)
-        if new.is_sliding:
+        if isinstance(old, StaticSlidingWindowLayer) and isinstance(new, StaticSlidingWindowLayer):
             new.cumulative_length_int = old.cumulative_length_int
         cache.layers[index] = new
+
+
+def layers_of(cache: StaticCache) -> Iterator[StaticLayer]:
+    """The layers of a cache, one at a time.
+
+    Errors: CalibrationError where one is of a kind that `resize` does not know (a state space, shared keys).
+    """
+    for index in range(len(cache.layers)):
+        layer = cache.layers[index]
+        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
+            raise CalibrationError(
+                "this model cannot write its own calibration text",
+                f"layer {index} keeps a {type(layer).__name__} where keys and values were expected",
+                "give text with --calibration text:FILE or jsonl:FILE",
+            )
+        yield cast(StaticLayer, layer)
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " ends"]:

@@ -1,12 +1,12 @@
 """Calibration from JSON lines: plain text, prompt and completion, or chat messages."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from logitwise.calibration.chat import completed, conversation
+from logitwise.calibration.chat import Message, completed, conversation
 from logitwise.calibration.rows import Document
 from logitwise.calibration.text import read_utf8, whole
 from logitwise.errors import CalibrationError
@@ -57,3 +57,38 @@ def document_of(record: Mapping[str, object], place: str, tokenizer: PreTrainedT
     raise CalibrationError(
         f"{place} has no known keys", f"it has {', '.join(record) or 'none'}", f"use the keys {KNOWN}"
     )
+
+
+def in_place(place: str, read: Callable[[], Document]) -> Document:
+    """What `read` returns; what it refuses, with the place named."""
+    try:
+        return read()
+    except CalibrationError as error:
+        raise CalibrationError(f"{place}: {error.what}", error.why, error.remedy) from error
+
+
+def text_of(record: Mapping[str, object], key: str, place: str) -> str:
+    """The text under a key."""
+    value = record[key]
+    if not isinstance(value, str):
+        raise CalibrationError(
+            f"{place}: {key} is not a text", f"it is of type {type(value).__name__}", "give a string"
+        )
+    return value
+
+
+def messages_of(value: object, place: str) -> list[Message]:
+    """Chat messages, each with a role and a text, one of them the assistant's at least."""
+    messages = value if isinstance(value, list) else []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise CalibrationError(
+                f"{place}: message {number} cannot be read", "it needs a role and a content, both texts", "add them"
+            )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise CalibrationError(
+            f"{place}: nothing in messages counts",
+            "no message has the role assistant",
+            "give conversations with answers",
+        )
+    return messages

@@ -13,7 +13,7 @@ PATIENCE = 1000  # draws in a row that bring nothing new before the prompts coun
 
 
 class Draw(dict[str, str]):
-    """Fields of one template, drawn when it asks for them: a word once (a name stays that person), numbers each time."""
+    """The fields of one template, drawn as it asks: a word once (a name stays that person), a number each time."""
 
     def __init__(self, words: dict[str, list[str]], numbers: dict[str, list[int]], generator: random.Random) -> None:
         super().__init__()

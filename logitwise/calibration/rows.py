@@ -65,15 +65,20 @@ def pack(documents: Iterable[Document], separator: int, row_tokens: int) -> Rows
     """All documents, one after another with `separator` between, cut into rows of `row_tokens`.
 
     Position i of a row counts when the token after it counts; the last position of a row predicts the first of the
-    next. The separator itself does not count.
+    next. The separator itself does not count. Where a document brings the separator as its own end or beginning
+    (an end-of-text or beginning-of-text token), it stands once, not twice.
 
     Errors: CalibrationError where not one row can be filled.
     """
     ids: list[int] = []
     counts: list[bool] = []
     for document in documents:
-        ids += [*document.ids, separator]
-        counts += [*document.counts, False]
+        skip = int(ids[-1:] == document.ids[:1] == [separator])
+        ids += document.ids[skip:]
+        counts += document.counts[skip:]
+        if ids[-1:] != [separator]:
+            ids.append(separator)
+            counts.append(False)
     count = (len(ids) - 1) // row_tokens
     if count < 1:
         raise CalibrationError(

@@ -6,7 +6,9 @@ from torch import Tensor
 
 
 def soft_cross_entropy(
-    student: Float[Tensor, "tokens vocabulary"], teacher: Float[Tensor, "tokens vocabulary"], weights: Float[Tensor, "tokens"]
+    student: Float[Tensor, "tokens vocabulary"],
+    teacher: Float[Tensor, "tokens vocabulary"],
+    weights: Float[Tensor, "tokens"],
 ) -> Float[Tensor, ""]:
     """-sum_i w_i sum_j softmax(teacher)_ij log softmax(student)_ij / sum_i w_i, from logits."""
     losses = -(torch.softmax(teacher, -1) * torch.log_softmax(student, -1)).sum(-1)

@@ -22,9 +22,9 @@ CHUNK_ELEMENTS = 1 << 24
 
 
 def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of positions whose logits fit into one chunk."""
+    """Slices of positions whose logits fit into one chunk; one empty slice where there are no positions."""
     step = max(1, CHUNK_ELEMENTS // vocabulary)
-    for start in range(0, tokens, step):
+    for start in range(0, max(1, tokens), step):
         yield slice(start, min(start + step, tokens))
 
 
@@ -34,7 +34,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, student: Tensor, teacher: Tensor, weights: Tensor, head: Head
     ) -> Tensor:
         total = weights.sum()
-        loss = torch.zeros((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32, device=student.device)
+        loss = torch.zeros(
+            (), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32, device=student.device
+        )
         gradient = torch.empty_like(student)
         for part in chunks(student.shape[0], head.weight.shape[0]):
             share = (weights[part] / total).unsqueeze(-1)

@@ -1,7 +1,7 @@
 """What every method is: parameters that stand for one weight on a grid while a window is fitted."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Quantizer(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> Self:
+    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "Quantizer":
         """The quantizer of a float32 `weight`, with its range found by `start`."""
 
     @abstractmethod

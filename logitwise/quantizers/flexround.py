@@ -7,7 +7,7 @@ are positive: their logarithms are learned, as in the authors' code. z is fixed 
 extension: the authors' code is per channel.
 """
 
-from typing import Self
+import math
 
 import torch
 from jaxtyping import Float
@@ -39,7 +39,7 @@ class FlexRound(Quantizer):
         self.log_row_divisor = nn.Parameter(torch.zeros_like(weight[:, :1]))
 
     @classmethod
-    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> Self:
+    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "FlexRound":
         return cls(weight, *start_grid(weight, grid, start), grid)
 
     def forward(self, progress: float) -> Float[Tensor, "out in"]:
@@ -64,3 +64,9 @@ class FlexRound(Quantizer):
 
     def groups(self) -> dict[Role, list[nn.Parameter]]:
         return {"scale": [self.log_scale], "rounding": [self.log_divisor, self.log_row_divisor]}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        # A scale that its stored type rounds to zero or infinity would make weights that are not numbers.
+        stored = torch.finfo(self.grid.scale_dtype)
+        self.log_scale.clamp_(math.log(stored.smallest_normal * stored.eps), math.log(stored.max))

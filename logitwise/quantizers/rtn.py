@@ -1,7 +1,5 @@
 """Round to nearest: nothing is learned."""
 
-from typing import Self
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +19,7 @@ class RoundToNearest(Quantizer):
         self.quantized = quantized
 
     @classmethod
-    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> Self:
+    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "RoundToNearest":
         scale, zero = start_grid(weight, grid, start)
         return cls(freeze(codes_of(weight, scale, zero, grid), scale, zero, grid))
 

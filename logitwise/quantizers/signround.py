@@ -8,13 +8,11 @@ Symmetric, full range:  the side of larger magnitude lies on code -2^(bits - 1),
 V [out, in] starts at 0, alpha and beta [out, groups] at the start's share of the range; both stay in [0, 1].
 """
 
-from typing import Self
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from logitwise.grid import Grid, Quantized, freeze, merge, round_through, split, store_through
+from logitwise.grid import Grid, Quantized, freeze, merge, round_through, safe_scale, split, store_through
 from logitwise.quantizers.base import Quantizer, Role
 from logitwise.quantizers.starts import Start, group_range
 
@@ -45,26 +43,31 @@ class SignRound(Quantizer):
         self.high_factor = nn.Parameter(factor.clone())
 
     @classmethod
-    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> Self:
-        return cls(weight, start(weight, grid), grid)
+    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "SignRound":
+        quantizer = cls(weight, start(weight, grid), grid)
+        safe_scale(quantizer._scale().detach(), grid)  # refuses what overflows; shares of the range never exceed the whole
+        return quantizer
 
     def forward(self, progress: float) -> Float[Tensor, "out in"]:
         scale, zero = self._scale_and_zero()
         return merge(scale * (self._codes(scale, zero) - zero))
 
-    def _scale_and_zero(self) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
+    def _scale(self) -> Float[Tensor, "out groups"]:
+        """The scale before it is rounded to its stored type, its magnitude at least 1e-5."""
         low, high = self.low_factor * self.low, self.high_factor * self.high
         if self.grid.symmetric:
-            reach = torch.where(high < -low, torch.maximum(-low, high), -torch.maximum(-low, high))
-            scale = self._stored(reach / self.grid.middle)
-            return scale, torch.full_like(scale, float(self.grid.middle))
-        scale = self._stored((high - low) / self.grid.levels)
-        return scale, round_through(-low.unsqueeze(-1) / scale).clamp(0, self.grid.levels)
+            larger = torch.maximum(-low, high)
+            scale = torch.where(high < -low, larger, -larger) / self.grid.middle
+        else:
+            scale = (high - low) / self.grid.levels
+        return torch.where(scale < 0, scale.clamp(max=-LEAST_SCALE), scale.clamp(min=LEAST_SCALE))
 
-    def _stored(self, scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups 1"]:
-        """The scale as it is stored, its magnitude at least 1e-5."""
-        floored = torch.where(scale < 0, scale.clamp(max=-LEAST_SCALE), scale.clamp(min=LEAST_SCALE))
-        return store_through(floored, self.grid.scale_dtype).unsqueeze(-1)
+    def _scale_and_zero(self) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
+        scale = store_through(self._scale(), self.grid.scale_dtype).unsqueeze(-1)
+        if self.grid.symmetric:
+            return scale, torch.full_like(scale, float(self.grid.middle))
+        low = (self.low_factor * self.low).unsqueeze(-1)
+        return scale, round_through(-low / scale).clamp(0, self.grid.levels)
 
     def _codes(
         self, scale: Float[Tensor, "out groups 1"], zero: Float[Tensor, "out groups 1"]

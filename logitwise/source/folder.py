@@ -30,8 +30,8 @@ class FolderSource(Source):
         self.folder = folder
         self.name = name or folder.resolve().name
         self.config = read_config(folder)
-        self._layout = layout_of(self.config, str(folder))
         self._shards = Shards(folder)
+        self._layout = layout_of(self.config, len(self._shards.entries), str(folder))
         self._stored = self._stored_shapes()
         self._places = self._layout.match(self._stored, str(folder))
         for tensor in self._layout.shapes:

@@ -41,8 +41,9 @@ class GgufSource(Source):
         self.config = _config(reader, architecture, file)
         self.config.dtype = self.dtype
         self.config.name_or_path = self.name  # else the outline's temporary folder
-        self._layout = layout_of(self.config, file.name)
-        self._processor: TensorProcessor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(self.config.to_dict())
+        self._layout = layout_of(self.config, len(self._tensors), file.name)
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        self._processor: TensorProcessor = processor(self.config.to_dict())  # type: ignore[no-untyped-call]
         self._names: dict[str, str] = get_gguf_hf_weights_map(_TwoLevels(self._layout.model), self._processor)
         self._parts: dict[str, list[str]] = {}
         for stored in self._tensors:
@@ -66,7 +67,7 @@ class GgufSource(Source):
         # Stacked experts are several tensors of the file; transformers collects those under "tensors" by itself.
         collected: dict[str, dict[str, Tensor]] = {"tensors": {}}
         for stored in self._parts[name]:
-            processed = self._processor.process(
+            processed = self._processor.process(  # type: ignore[no-untyped-call]
                 weights=self._dequantize(self._tensors[stored]),
                 name=stored,
                 tensor_key_mapping=self._names,
@@ -148,7 +149,7 @@ class _Reader(GGUFReader):
             if int(count[0]) > LONG:
                 end = self._end_of_array(orig_offs + 12, GGUFValueType(kind[0]), int(count[0]))
                 return end - orig_offs, [kind, count], [], [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
-        return super()._get_field_parts(orig_offs, raw_type)
+        return super()._get_field_parts(orig_offs, int(raw_type))
 
     def _end_of_array(self, offset: int, kind: GGUFValueType, count: int) -> int:
         if kind != GGUFValueType.STRING:

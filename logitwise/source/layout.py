@@ -61,15 +61,27 @@ class Layout:
             )
 
 
-def layout_of(config: PretrainedConfig, where: str) -> Layout:
+def layout_of(config: PretrainedConfig, stored: int, where: str) -> Layout:
     """The layout of the causal language model that `config` describes.
+
+    Args:
+        config: the model's config.
+        stored: how many tensors its files hold; a config that asks for more blocks is refused before it is built.
+        where: the folder or file, for the message.
 
     Errors: SourceError where it describes something else, or transformers cannot build it.
     """
     _check_causal(config, where)
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(blocks, int) and blocks > stored:
+        raise SourceError(
+            f"{where} is incomplete, or its config is not its own",
+            f"the config asks for {blocks} blocks, the files hold {stored} tensors",
+            "fetch the model again",
+        )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except Exception as error:  # a config from outside may fail in any way inside transformers' constructors
         raise SourceError(
             f"the config of {where} describes no model that can be built",

@@ -45,6 +45,10 @@ class QuantizedFolder(FolderSource):
         tensors = {stored: self.raw(stored) for stored in self._tensors_of.get(prefix, [])}
         return self._format.read(prefix, tensors, self.grid) if tensors else None
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether a weight is stored as codes."""
+        return self._places[name].removesuffix(".weight") in self._tensors_of
+
     def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
         method = self.quantization_config.get("quant_method")
         if method not in FORMATS:

@@ -38,7 +38,8 @@ def test_missing_path(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_file_that_is_no_model(folder: Path):
     message = refusal(folder / "model.safetensors")
-    assert "is not a model" in message and "give the folder" in message
+    assert "is not a model" in message
+    assert "give the folder" in message
 
 
 def test_folder_without_config(tmp_path: Path):
@@ -56,13 +57,15 @@ def test_config_that_wants_its_own_code(folder: Path):
     change_config(folder, model_type="own", auto_map={"AutoConfig": "own.Config"})
     message = refusal(folder)
     assert "architecture that is not supported: 'own'" in message
-    assert "auto_map" in message and "never runs" in message
+    assert "auto_map" in message
+    assert "never runs" in message
 
 
 def test_unknown_architecture(folder: Path):
     change_config(folder, model_type="unheard-of")
     message = refusal(folder)
-    assert "not supported: 'unheard-of'" in message and "does not know this model_type" in message
+    assert "not supported: 'unheard-of'" in message
+    assert "does not know this model_type" in message
 
 
 def test_config_with_impossible_values(folder: Path):
@@ -70,12 +73,21 @@ def test_config_with_impossible_values(folder: Path):
     assert "tiny" in refusal(folder)
 
 
+def test_config_with_more_blocks_than_the_files_can_hold(folder: Path):
+    """Building such a model, even without weights, would not end."""
+    change_config(folder, num_hidden_layers=10**9)
+    message = refusal(folder)
+    assert "asks for 1000000000 blocks, the files hold 21 tensors" in message
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
         (
             lambda: BertForMaskedLM(
-                BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+                BertConfig(
+                    vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+                )
             ),
             "BertForMaskedLM",
         ),
@@ -88,4 +100,5 @@ def test_config_with_impossible_values(folder: Path):
 def test_not_a_causal_model(tmp_path: Path, model, expected: str):
     model().save_pretrained(tmp_path)
     message = refusal(tmp_path)
-    assert "is not a causal language model" in message and expected in message
+    assert "is not a causal language model" in message
+    assert expected in message

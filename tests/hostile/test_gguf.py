@@ -28,7 +28,8 @@ def test_truncated(file: Path, share: float):
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * share)])
     message = refusal(file)
-    assert "tiny.gguf cannot be read" in message and "truncated or corrupt" in message
+    assert "tiny.gguf cannot be read" in message
+    assert "truncated or corrupt" in message
 
 
 def test_truncated_anywhere_in_the_header(file: Path):

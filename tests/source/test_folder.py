@@ -20,7 +20,9 @@ def test_every_tensor_as_saved(tmp_path: Path, tied: bool, shard_size: str):
     expected = dict(model.state_dict())
     if tied:
         del expected["lm_head.weight"]
-    assert source.name == "tiny" and source.dtype == torch.float32 and source.unused == []
+    assert source.name == "tiny"
+    assert source.dtype == torch.float32
+    assert source.unused == []
     assert sorted(source.names()) == sorted(expected)
     assert all(torch.equal(source.read(name), tensor) for name, tensor in expected.items())
     assert all(source.shape(name) == tuple(tensor.shape) for name, tensor in expected.items())
@@ -55,7 +57,8 @@ def test_base_model_names_masks_and_tied_head(tmp_path: Path):
     save(model, tmp_path)
     stored = {name.removeprefix("transformer."): tensor for name, tensor in load_weights(tmp_path).items()}
     stored |= {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16, dtype=torch.uint8) for i in range(2)}
-    assert "wte.weight" in stored and "lm_head.weight" not in stored
+    assert "wte.weight" in stored
+    assert "lm_head.weight" not in stored
     save_weights(tmp_path, stored)
     source = open_source(tmp_path)
     expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
@@ -81,7 +84,8 @@ def test_tied_head_stored_all_the_same(tmp_path: Path):
     embedding = stored["model.embed_tokens.weight"]
     save_weights(tmp_path, stored | {"lm_head.weight": embedding.clone()})
     source = open_source(tmp_path)
-    assert "lm_head.weight" not in source.names() and source.unused == ["lm_head.weight"]
+    assert "lm_head.weight" not in source.names()
+    assert source.unused == ["lm_head.weight"]
 
     save_weights(tmp_path, stored | {"lm_head.weight": embedding + 1})
     with pytest.raises(SourceError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
@@ -103,7 +107,8 @@ def test_raw_access(tmp_path: Path):
     save(model, tmp_path)
     change_config(tmp_path, dtype="float16")
     source = open_source(tmp_path)
-    assert isinstance(source, FolderSource) and source.quantization_config is None
+    assert isinstance(source, FolderSource)
+    assert source.quantization_config is None
     assert sorted(source.raw_names()) == sorted(model.state_dict())
     assert source.raw("model.norm.weight").dtype == torch.float32
 

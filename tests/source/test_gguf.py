@@ -18,14 +18,17 @@ VOCABULARY = 300  # more than the reader reads element by element
 def test_float_file_gives_back_what_was_written(tmp_path: Path, tied: bool):
     model = random_model(llama_config(vocab_size=VOCABULARY, tie_word_embeddings=tied))
     source = open_source(write_gguf(model, tmp_path / "tiny.gguf"))
-    assert isinstance(source, GgufSource) and source.name == "tiny" and source.dtype == torch.float16
+    assert isinstance(source, GgufSource)
+    assert source.name == "tiny"
+    assert source.dtype == torch.float16
     expected = {name: tensor.half() for name, tensor in model.state_dict().items()}
     if tied:
         del expected["lm_head.weight"]
     assert set(source.names()) == set(expected)
     for name, tensor in expected.items():
         assert source.shape(name) == tuple(tensor.shape)
-        assert source.read(name).dtype == torch.float16 and torch.equal(source.read(name), tensor), name
+        assert source.read(name).dtype == torch.float16
+        assert torch.equal(source.read(name), tensor), name
     assert source.unused == []
     assert source.size_bytes == (tmp_path / "tiny.gguf").stat().st_size
 

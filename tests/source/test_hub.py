@@ -39,7 +39,11 @@ class Hub(BaseHTTPRequestHandler):
             self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
         elif path.startswith("/api/models/org/tiny/tree/"):
             self.send_json([self.entry(file) for file in sorted(self.folder.iterdir())])
-        elif path in ("/api/models/org/tiny", "/api/models/org/tiny/revision/main", "/api/models/org/tiny/revision/dev"):
+        elif path in (
+            "/api/models/org/tiny",
+            "/api/models/org/tiny/revision/main",
+            "/api/models/org/tiny/revision/dev",
+        ):
             self.send_json({"id": "org/tiny", "sha": COMMIT, "siblings": []})
         elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
             name = path.rpartition("/")[2]

@@ -27,7 +27,7 @@ def quantize(folder: Path, grid: Grid) -> dict[str, Quantized]:
     """Every projection of the folder but one, in place."""
     stored = load_file(folder / "model.safetensors")
     modules = [name.removesuffix(".weight") for name in stored if "_proj" in name and KEPT not in name]
-    quantized = {module: round_to_nearest(stored.pop(f"{module}.weight"), grid) for module in modules}
+    quantized = {module: round_to_nearest(stored.pop(f"{module}.weight").float(), grid) for module in modules}
     for module, one in quantized.items():
         stored |= FORMAT.tensors(module, one)
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
@@ -45,22 +45,30 @@ def test_weights_come_back_as_they_were_written(tmp_path: Path, grid: Grid):
     model = random_model(llama_config())
     written = quantize(save(model, tmp_path), grid)
     source = open_source(tmp_path)
-    assert isinstance(source, QuantizedFolder) and source.grid == grid
+    assert isinstance(source, QuantizedFolder)
+    assert source.grid == grid
     assert source.quantization_config["quant_method"] == "compressed-tensors"
-    assert sorted(source.names()) == sorted(model.state_dict()) and source.unused == []
+    assert sorted(source.names()) == sorted(model.state_dict())
+    assert source.unused == []
     for name, tensor in model.state_dict().items():
         one, read = written.get(name.removesuffix(".weight")), source.quantized(name)
         assert source.shape(name) == tuple(tensor.shape)
         if one is None:
-            assert read is None and torch.equal(source.read(name), tensor)
+            assert read is None
+            assert torch.equal(source.read(name), tensor)
         else:
-            assert read is not None and read.grid == grid
-            assert torch.equal(read.codes, one.codes) and torch.equal(read.zero, one.zero)
-            assert source.read(name).dtype == torch.float32 and torch.equal(source.read(name), one.dequantize())
+            assert read is not None
+            assert read.grid == grid
+            assert torch.equal(read.codes, one.codes)
+            assert torch.equal(read.zero, one.zero)
+            assert source.read(name).dtype == torch.float32
+            assert torch.equal(source.read(name), one.dequantize())
 
 
 def test_kept_tensors_stay_in_the_type_of_the_file(tmp_path: Path):
-    quantize(save(random_model(llama_config(dtype="bfloat16")).bfloat16(), tmp_path), Grid(4, 16, False))
+    quantize(save(random_model(llama_config()).bfloat16(), tmp_path), Grid(4, 16, False))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     source = open_source(tmp_path)
     assert source.read(f"{KEPT}.weight").dtype == torch.bfloat16
     assert source.read("model.layers.0.mlp.up_proj.weight").dtype == torch.float32
@@ -74,7 +82,8 @@ def test_other_methods_are_refused_by_name(tmp_path: Path):
     describe(save(random_model(llama_config()), tmp_path), {"quant_method": "gptq", "bits": 4})
     with pytest.raises(SourceError) as refused:
         open_source(tmp_path)
-    assert "is quantized by gptq" in str(refused.value) and "not read yet" in str(refused.value)
+    assert "is quantized by gptq" in str(refused.value)
+    assert "not read yet" in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,5 @@
+"""`python -m logitwise` is the command line."""
+
+from logitwise.cli import main
+
+main()

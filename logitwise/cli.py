@@ -1,0 +1,214 @@
+"""The command line: one function a command, each a call of one public function."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from logitwise.errors import LogitwiseError, MachineError, RecipeError, UnmetError
+from logitwise.recipe import PRESETS, Recipe, parse_settings
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Low-bit quantization of language models that looks at the token probabilities (LFQ).",
+)
+
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no remarks.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")]
+Log = Annotated[Path | None, typer.Option("--log", help="Also write progress and remarks to this file.")]
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder of safetensors, a .gguf file or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8 (4).")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale (64).")] = None,
+    per_channel: Annotated[bool, typer.Option("--per-channel", help="One scale for each output channel.")] = False,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Fixed zero point.")] = None,
+    method: Annotated[str | None, typer.Option(help="flexround, signround or rtn.")] = None,
+    objective: Annotated[str | None, typer.Option(help="What fits the final blocks: lfq or mse.")] = None,
+    final_blocks: Annotated[int | None, typer.Option(help="Blocks at the end that it fits together (1).")] = None,
+    start: Annotated[str | None, typer.Option(help="Where ranges start: searched or minmax.")] = None,
+    format: Annotated[str | None, typer.Option("--format", help="auto or compressed-tensors.")] = None,
+    scale_dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="self, self:PROMPTS, text:FILE, jsonl:FILE or hf:NAME.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Calibration rows.")] = None,
+    row_tokens: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
+    rows_last: Annotated[int | None, typer.Option(help="Calibration rows of the final blocks.")] = None,
+    held_out: Annotated[int | None, typer.Option(help="Rows that choose the iterate and the verdict.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps a block.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Leave layers of this pattern in full precision.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random (0).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
+    recipe: Annotated[str | None, typer.Option(help=f"A TOML file, or {', '.join(PRESETS)}.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other recipe key, as key=value.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not reuse windows finished before.")] = False,
+    keep_run: Annotated[bool, typer.Option("--keep-run", help="Leave OUT.run in place.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 where something was not met.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log: Log = None,
+) -> None:
+    """Quantize a model block by block, the final blocks by the token probabilities, and write a checkpoint."""
+    if per_channel and group_size is not None:
+        raise RecipeError(
+            "--per-channel and --group-size exclude each other",
+            "a channel's scale is shared by the whole row",
+            "give one of them",
+        )
+    given = {
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "method": method,
+        "objective": objective,
+        "final_blocks": final_blocks,
+        "start": start,
+        "format": format,
+        "scale_dtype": scale_dtype,
+        "calibration": calibration,
+        "rows": rows,
+        "row_tokens": row_tokens,
+        "rows_last": rows_last,
+        "held_out": held_out,
+        "steps": steps,
+        "batch": batch,
+        "keep": tuple(keep) if keep else None,
+        "seed": seed,
+        "device": device,
+    }
+    changes = {name: value for name, value in given.items() if value is not None} | parse_settings(settings or [])
+    if per_channel:
+        changes["group_size"] = None
+    with _watching(quiet, verbose, log) as watcher:
+        from logitwise.pipeline import quantize as run
+        from logitwise.report.figures import show_result
+
+        result = run(
+            model,
+            out,
+            Recipe.load(recipe, **changes),
+            overwrite=overwrite,
+            fresh=fresh,
+            keep_run=keep_run,
+            revision=revision,
+            watcher=watcher,
+        )
+        show_result(Console(), result)
+        if strict and result.unmet:
+            raise UnmetError(result.unmet[0], "--strict was given", f"the checkpoint is at {out} all the same")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint, quantized or not.")],
+    reference: Annotated[str | None, typer.Option(help="The full-precision model, for KL and agreement.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file.")] = None,
+    jsonl: Annotated[Path | None, typer.Option(help="JSON lines: text, prompt and completion, or messages.")] = None,
+    rows: Annotated[int, typer.Option(help="At most so many rows.")] = 64,
+    row_tokens: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log: Log = None,
+) -> None:
+    """Perplexity, KL and top-1 agreement with another model, teacher-forced, each with its standard error."""
+    if (text is None) == (jsonl is None):
+        raise RecipeError("no text to evaluate on" if text is None else "two texts", "one is needed", "give --text or --jsonl")
+    with _watching(quiet, verbose, log) as watcher:
+        from logitwise.evaluation import evaluate as run
+        from logitwise.report.figures import show_evaluation
+
+        spec = f"text:{text}" if text is not None else f"jsonl:{jsonl}"
+        found = run(
+            model, text=spec, reference=reference, rows=rows, row_tokens=row_tokens, device=device, watcher=watcher
+        )
+        show_evaluation(Console(), model, found)
+        if json_file is not None:
+            json_file.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, quantized or not.")],
+    verbose: Verbose = False,
+) -> None:
+    """What is in a checkpoint: bits, grids, sizes, what is quantized and what not."""
+    from logitwise.evaluation import inspect as run
+    from logitwise.report.figures import show_contents
+
+    show_contents(Console(), run(checkpoint), verbose)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoints go.")] = Path("demo"),
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log: Log = None,
+) -> None:
+    """SmolLM2-135M-Instruct at 3 bits, its last block fitted by MSE and by LFQ, in minutes on two cores."""
+    with _watching(quiet, verbose, log) as watcher:
+        from logitwise.demo import demo as run
+        from logitwise.report.figures import show_demo
+
+        show_demo(Console(), run(folder, watcher))
+
+
+@contextmanager
+def _watching(quiet: bool, verbose: bool, log: Path | None) -> Iterator[Any]:
+    """A watcher of the terminal, and of the log file where one is asked for."""
+    import warnings
+
+    import transformers
+
+    from logitwise.report.terminal import TerminalWatcher
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not verbose:
+        warnings.simplefilter("ignore")
+    if log is None:
+        yield TerminalWatcher(Console(stderr=True), quiet, verbose)
+        return
+    with log.open("w", encoding="utf-8") as file:
+        yield TerminalWatcher(Console(file=file, width=120), quiet, verbose)
+
+
+def main() -> None:
+    """The command `logitwise`: exit codes 0 done, 1 the machine failed, 2 refused, 3 not met, 130 interrupted."""
+    console = Console(stderr=True)
+    try:
+        app(standalone_mode=False)
+    except LogitwiseError as error:
+        console.print(f"[bold red]logitwise:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(error.exit_code) from None
+    except typer.Exit as error:
+        raise SystemExit(error.exit_code) from None
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("[bold]logitwise:[/] interrupted; the same command goes on from the last finished window")
+        raise SystemExit(130) from None
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # a mistake in the words of the command
+            console.print(f"[bold red]logitwise:[/] {error.format_message()}\n  do:   logitwise --help", highlight=False)
+            raise SystemExit(2) from None
+        raise
+
+
+if __name__ == "__main__":
+    main()

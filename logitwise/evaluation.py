@@ -1,0 +1,179 @@
+"""`evaluate` and `inspect`: what a checkpoint does to token probabilities, and what is in it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from logitwise.calibration import documents_of, separator_of
+from logitwise.calibration.rows import Rows, pack
+from logitwise.errors import CalibrationError, SourceError
+from logitwise.export import read_report
+from logitwise.machine import choose_machine, versions
+from logitwise.measure.likelihood import VERSION, Likelihood, as_json, likelihood, outputs
+from logitwise.recipe import Recipe
+from logitwise.skeleton import Skeleton
+from logitwise.source import QuantizedFolder, check_tokenizer, open_source
+from logitwise.source.base import Source
+from logitwise.watch import SILENT, Watcher
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model takes on disk.
+
+    Args:
+        size_bytes: its weight files.
+        bits_per_weight: of the quantized layers, scales and zero points included; None where nothing is quantized.
+        bits_per_parameter: of the whole file.
+    """
+
+    size_bytes: int
+    bits_per_weight: float | None
+    bits_per_parameter: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's figures on a text.
+
+    Args:
+        likelihood: perplexity, KL and agreement, each with its standard error.
+        size: on disk.
+        conditions: all that the figures depend on: text, rows, tokens, separator, reference, versions.
+    """
+
+    likelihood: Likelihood
+    size: Size
+    conditions: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        return {**as_json(self.likelihood), **vars(self.size), "conditions": self.conditions}
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    text: str,
+    reference: str | Path | None = None,
+    rows: int = 64,
+    row_tokens: int = 512,
+    device: str = "auto",
+    watcher: Watcher = SILENT,
+) -> Evaluation:
+    """Perplexity, KL to a reference and top-1 agreement, teacher-forced, one block in memory at a time.
+
+    Args:
+        model: a checkpoint, quantized or not.
+        text: `text:FILE`, `jsonl:FILE` or `hf:NAME`.
+        reference: the full-precision model; without one KL is 0 and agreement 1 against the model itself.
+        rows: at most this many non-overlapping rows.
+        row_tokens: tokens a row.
+        device: where to compute.
+        watcher: hears how far it is.
+
+    Errors: InputError.
+    """
+    choices = choose_machine(Recipe.load(None, device=device))
+    source = open_source(model)
+    against = source if reference is None else open_source(reference)
+    check_tokenizer(against)
+    _check_pair(source, against)
+    tokenizer = against.tokenizer()
+    if text.partition(":")[0] == "self":
+        raise CalibrationError("a model is not evaluated on its own text", "it was asked for", "give --text or --jsonl")
+    documents = documents_of(text, tokenizer, _no_model, tokens=(rows + 1) * row_tokens, seed=0)
+    packed = pack(documents, separator_of(tokenizer), row_tokens)[:rows]
+    measured = measure_models([source], against, packed, choices["device"].value, watcher)
+    conditions = {
+        "metric": VERSION,
+        "model": source.name,
+        "reference": against.name,
+        "text": text,
+        "rows": len(packed),
+        "row_tokens": row_tokens,
+        "separator": tokenizer.convert_ids_to_tokens(separator_of(tokenizer)),
+        "compute_dtype": "float32",
+        "device": choices["device"].value,
+        "versions": versions(),
+    }
+    return Evaluation(measured[0], size_of(source), conditions)
+
+
+def measure_models(
+    sources: Sequence[Source], reference: Source, rows: Rows, device: str, watcher: Watcher = SILENT
+) -> list[Likelihood]:
+    """Figures of several models beside one reference, whose forward runs once, in float32."""
+    skeleton = Skeleton(reference, torch.device(device), torch.float32)
+    base = outputs(skeleton, reference, rows, watcher=watcher, title="Measuring the original")
+    found = []
+    for source in sources:
+        same = source is reference
+        model = base if same else outputs(skeleton, source, rows, watcher=watcher, title=f"Measuring {source.name}")
+        found.append(likelihood(model, base, rows))
+    return found
+
+
+def size_of(source: Source) -> Size:
+    """What a model takes on disk."""
+    parameters = bits = weights = 0
+    for name in source.names():
+        parameters += torch.Size(source.shape(name)).numel()
+        quantized = source.quantized(name) if isinstance(source, QuantizedFolder) else None
+        if quantized is not None:
+            bits += quantized.bits_stored()
+            weights += quantized.codes.numel()
+    return Size(source.size_bytes, bits / weights if weights else None, 8 * source.size_bytes / parameters)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a checkpoint.
+
+    Args:
+        size: on disk.
+        grid: of the quantized layers, in words.
+        tensors: (name, shape, how it is stored) of every tensor.
+        report: what logitwise wrote about it, or None.
+    """
+
+    size: Size
+    grid: str
+    tensors: list[tuple[str, tuple[int, ...], str]]
+    report: dict[str, Any] | None
+
+
+def inspect(model: str | Path) -> Contents:
+    """What is in a checkpoint: grids, sizes, what is quantized and what not.
+
+    Errors: InputError.
+    """
+    source = open_source(model)
+    grid, tensors = "full precision", []
+    if isinstance(source, QuantizedFolder):
+        group = f"groups of {source.grid.group_size}" if source.grid.group_size else "one scale a channel"
+        kind = "symmetric" if source.grid.symmetric else "asymmetric"
+        scales = str(source.grid.scale_dtype).removeprefix("torch.")
+        grid = f"{source.grid.bits} bits, {group}, {kind}, {scales} scales"
+    for name in source.names():
+        quantized = isinstance(source, QuantizedFolder) and source.is_quantized(name)
+        tensors.append((name, source.shape(name), "quantized" if quantized else "kept"))
+    folder = Path(model)
+    return Contents(size_of(source), grid, tensors, read_report(folder) if folder.is_dir() else None)
+
+
+def _check_pair(model: Source, reference: Source) -> None:
+    for name in reference.names():
+        if model.shape(name) != reference.shape(name) if name in set(model.names()) else True:
+            raise SourceError(
+                f"{model.name} is not a version of {reference.name}",
+                f"{name} is missing or has another shape",
+                "give the model that it was quantized from as --reference",
+            )
+
+
+def _no_model() -> Any:
+    raise AssertionError("text that is read needs no model")

@@ -1,0 +1,98 @@
+"""The tables and sentences of each command, from what its public function returned."""
+
+from rich.console import Console
+from rich.markup import escape
+
+from logitwise.demo import Demo
+from logitwise.evaluation import Contents, Evaluation, Size
+from logitwise.measure.likelihood import Figure, Likelihood
+from logitwise.pipeline import Result
+from logitwise.report.terminal import table
+
+SIZE_COLUMNS = ("size", "bits/weight", "bits/param")
+FIGURE_COLUMNS = ("perplexity", "KL", "top-1")
+
+
+def show_result(console: Console, result: Result) -> None:
+    """What `quantize` made."""
+    report = result.report
+    quantized = sum(fate["fate"] == "quantized" for fate in report["audit"])
+    console.print(
+        f"[bold]{escape(str(result.out))}[/]: {_megabytes(report['size_bytes'])}, {quantized} layers at "
+        f"{report['bits_per_weight']:.2f} bits a weight, {report['bits_per_parameter']:.2f} bits a parameter in all"
+    )
+    if result.held_out_kl:
+        kls = ", ".join(f"{kl:.4f} fitted by {name}" for name, kl in result.held_out_kl.items())
+        console.print(f"held-out KL to full precision, nats a token: {kls}; kept: {result.fitted_by}")
+    _show_loading(console, result)
+
+
+def show_evaluation(console: Console, name: str, found: Evaluation) -> None:
+    """The figures of `evaluate`."""
+    table(console, ("model", *SIZE_COLUMNS, *FIGURE_COLUMNS), [[name, *_size(found.size), *_figures(found.likelihood)]])
+    where = found.conditions
+    console.print(
+        f"{found.likelihood.tokens:,} tokens in {where['rows']} rows of {where['row_tokens']}, against "
+        f"{escape(str(where['reference']))}; KL in nats a token; ± one standard error over rows"
+    )
+
+
+def show_contents(console: Console, found: Contents, every: bool) -> None:
+    """What `inspect` found."""
+    console.print(f"{found.grid}; {_megabytes(found.size.size_bytes)}, {found.size.bits_per_parameter:.2f} bits a parameter")
+    if found.size.bits_per_weight is not None:
+        console.print(f"{found.size.bits_per_weight:.2f} bits a quantized weight, scales and zero points included")
+    if found.report:
+        recipe = found.report["recipe"]
+        console.print(f"made by logitwise: {recipe['method']}, final blocks fitted by {found.report['fitted_by']}")
+    counts = {kind: [t for t in found.tensors if t[2] == kind] for kind in ("quantized", "kept")}
+    for kind, tensors in counts.items():
+        console.print(f"{len(tensors)} tensors {kind}")
+    if every:
+        table(console, ("tensor", "shape", "stored"), [[n, " x ".join(map(str, s)), k] for n, s, k in found.tensors])
+    else:
+        console.print("[dim]-v lists them[/]")
+
+
+def show_demo(console: Console, found: Demo) -> None:
+    """The table of the demo, an answer of each model, and how to load the result."""
+    console.print()
+    rows = [[entry.name, *_size(entry.size), *_figures(entry.likelihood)] for entry in found.entries]
+    rows[0][1] = f"{_megabytes(2 * found.result.report['parameters'])} (bf16)"
+    rows[0][3] = "16.00"
+    title = "SmolLM2-135M-Instruct at 3 bits, measured on answers it was not calibrated on"
+    table(console, ("model", *SIZE_COLUMNS, *FIGURE_COLUMNS), rows, title)
+    tokens = found.entries[0].likelihood.tokens
+    console.print(
+        f"[dim]{tokens:,} tokens; KL to full precision in nats a token, ± one standard error over rows; "
+        f"all but the last block are the same in MSE and LFQ[/]\n"
+    )
+    table(console, (found.prompt, ""), [[entry.name, entry.answer] for entry in found.entries])
+    _show_loading(console, found.result)
+
+
+def _show_loading(console: Console, result: Result) -> None:
+    console.print(
+        f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{result.out}")
+tokenizer = AutoTokenizer.from_pretrained("{result.out}")""",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _size(size: Size) -> list[str]:
+    bits = "-" if size.bits_per_weight is None else f"{size.bits_per_weight:.2f}"
+    return [_megabytes(size.size_bytes), bits, f"{size.bits_per_parameter:.2f}"]
+
+
+def _figures(found: Likelihood) -> list[str]:
+    def with_error(figure: Figure, digits: int) -> str:
+        return f"{figure.mean:.{digits}f} ± {figure.error:.{digits}f}"
+
+    return [with_error(found.perplexity, 2), with_error(found.kl, 4), with_error(found.top1, 3)]

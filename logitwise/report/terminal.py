@@ -1,0 +1,119 @@
+"""What a person sees in the terminal: progress with time left, sentences, tables. The only module that prints."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from logitwise.watch import Stage, Watcher
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left while a stage runs, time taken once it is done."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(f"{_clock(task.elapsed)}", style="green")
+        if not task.completed or not task.total or task.elapsed is None:
+            return Text("")
+        left = task.elapsed * (task.total - task.completed) / task.completed
+        return Text(f"{_clock(left)} left", style="cyan")
+
+
+def _clock(seconds: float | None) -> str:
+    whole = round(seconds or 0)
+    if whole >= 3600:
+        return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"
+    return f"{whole // 60}:{whole % 60:02}"
+
+
+class _Bar(Stage):
+    def __init__(self, progress: Progress, title: str, total: float) -> None:
+        self.progress, self.task = progress, progress.add_task(title, total=total, detail="")
+
+    def advance(self, units: float = 1, detail: str = "") -> None:
+        changes = {"detail": escape(detail)} if detail else {}
+        self.progress.update(self.task, advance=units, **changes)
+
+    def reach(self, units: float) -> None:
+        self.progress.update(self.task, completed=units)
+
+    def finish(self) -> None:
+        task = self.progress.tasks[0]
+        self.progress.update(self.task, completed=task.total, detail="")
+
+
+class TerminalWatcher(Watcher):
+    """Shows stages as bars and sentences as lines, on stderr.
+
+    Args:
+        console: where to.
+        quiet: show neither.
+        verbose: show every sentence, not only those that ask for attention.
+    """
+
+    def __init__(self, console: Console, quiet: bool = False, verbose: bool = False) -> None:
+        self.console, self.quiet, self.verbose = console, quiet, verbose
+
+    @contextmanager
+    def stage(self, title: str, total: float) -> Iterator[Stage]:
+        if self.quiet:
+            yield Stage()
+            return
+        if not self.console.is_terminal:
+            yield from self._plain(title, total)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f}%"),
+            _TimeLeft(),
+            TextColumn("[dim]{task.fields[detail]}"),
+        )
+        with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
+            bar = _Bar(progress, f"{title:<24}", total)
+            yield bar
+            bar.finish()
+
+    def _plain(self, title: str, total: float) -> Iterator[Stage]:
+        """Into a file or a pipe: a line every minute in place of a bar."""
+        began = time.monotonic()
+        yield _Lines(self.console, title, total)
+        self.console.print(f"{title}: done in {_clock(time.monotonic() - began)}", highlight=False)
+
+    def say(self, sentence: str) -> None:
+        if not self.quiet:
+            self.console.print(sentence, highlight=False, markup=False)
+
+
+class _Lines(Stage):
+    def __init__(self, console: Console, title: str, total: float) -> None:
+        self.console, self.title, self.total = console, title, total
+        self.done, self.began, self.spoke = 0.0, time.monotonic(), time.monotonic()
+
+    def advance(self, units: float = 1, detail: str = "") -> None:
+        self.reach(self.done + units, detail)
+
+    def reach(self, units: float, detail: str = "") -> None:
+        self.done, now = units, time.monotonic()
+        if now - self.spoke > 60 and 0 < units < self.total:
+            left = (now - self.began) * (self.total - units) / units
+            self.console.print(
+                f"{self.title}: {100 * units / self.total:.0f} %, {_clock(left)} left {detail}".rstrip(), highlight=False
+            )
+            self.spoke = now
+
+
+def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Prints rows under columns; the first column to the left, numbers to the right."""
+    drawn = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(escape(cell) for cell in row))
+    console.print(drawn)

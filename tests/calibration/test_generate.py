@@ -1,0 +1,148 @@
+"""The sampling loop against transformers' own `generate`, and what a run of it promises."""
+
+import random
+
+import pytest
+import torch
+from helpers import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from logitwise.calibration.generate import answer, evenly, write_answers
+from logitwise.errors import CalibrationError
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz \n?"
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """One token a letter, ids from 3."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + i for i, letter in enumerate(LETTERS)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="?"
+    )
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
+
+
+def reference(model: PreTrainedModel, prompt: list[int], tokens: int, ends: list[int]) -> list[int]:
+    """One prompt alone, without a cache or padding."""
+    ids = list(prompt)
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] in ends:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mistral", "gemma3", "gemma2", "qwen2-sliding"])
+def test_greedy_answers_are_those_of_each_prompt_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logitwise.calibration.generate.CACHE_STEP", 8)  # many growths, below and above the window
+    model = tiny_model(family)
+    draw = random.Random(1)
+    prompts = [[draw.randrange(3, 131) for _ in range(length)] for length in (3, 7, 7, 11, 24)]
+    free = [reference(model, prompt, 40, []) for prompt in prompts]
+    # Ends that some answers reach early and others late or never, so that rows leave the batch.
+    ends = sorted({free[0][5], free[1][9], free[3][20]})
+    expected = [reference(model, prompt, 40, ends) for prompt in prompts]
+    assert len({len(ids) for ids in expected}) > 2
+    found = answer(model, prompts, torch.tensor(ends), 40, 10**6, greedy)
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_greedy_answers_are_those_of_generate(family: str) -> None:
+    model, tokenizer = tiny_model(family), letters()
+    prompts = ["abc", "hello there", "why"]
+    expected = set()
+    for prompt in prompts:
+        ids = tokenizer(prompt + "\n", return_tensors="pt").input_ids
+        out = model.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=2, pad_token_id=0)
+        expected.add(tuple(out[0].tolist()))
+    options = {"tokens": 10**6, "answer_tokens": 20, "batch": 2, "temperature": 0.0, "seed": 0}
+    assert {tuple(d.ids) for d in write_answers(model, tokenizer, prompts, **options)} == expected
+
+
+def test_sampling_follows_the_temperature_and_leaves_the_global_random_state() -> None:
+    model, tokenizer = tiny_model("llama", scale=4.0), letters()
+    options = {"tokens": 10**6, "answer_tokens": 1, "batch": 400, "seed": 3}
+    state = torch.get_rng_state()
+    counts = {}
+    for temperature in (0.5, 2.0):
+        documents = write_answers(model, tokenizer, ["ab"] * 400, temperature=temperature, **options)
+        assert documents == write_answers(model, tokenizer, ["ab"] * 400, temperature=temperature, **options)
+        counts[temperature] = torch.bincount(torch.tensor([d.ids[-1] for d in documents]), minlength=131) / 400
+    assert torch.equal(state, torch.get_rng_state())
+    logits = model(torch.tensor([tokenizer("ab\n").input_ids])).logits[0, -1].double()
+    for temperature, frequency in counts.items():
+        probabilities = (logits / temperature).softmax(-1)
+        spread = (probabilities * (1 - probabilities) / 400).sqrt()
+        assert ((frequency - probabilities).abs() <= 5 * spread + 1e-2).all()
+
+
+def test_only_the_answer_counts_and_an_end_token_is_part_of_it() -> None:
+    model, tokenizer = tiny_model("llama"), letters()
+    model.generation_config.eos_token_id = list(range(3, 80))  # one answer token in two ends it
+    documents = write_answers(model, tokenizer, ["abc", "de"] * 8, tokens=10**6, answer_tokens=30, batch=4, seed=0)
+    assert len(documents) == 16
+    for document in documents:
+        prompt = document.counts.index(True)
+        assert document.ids[:prompt] in (tokenizer("abc\n").input_ids, tokenizer("de\n").input_ids)
+        assert all(document.counts[prompt:])
+        body = document.ids[prompt:]
+        assert not any(token in range(2, 80) for token in body[:-1])
+        assert len(body) == 30 or body[-1] in range(2, 80)
+
+
+def test_it_stops_at_the_tokens_asked_for_and_reports_them() -> None:
+    model, tokenizer = tiny_model("llama"), letters()
+    seen: list[tuple[int, int]] = []
+    documents = write_answers(
+        model,
+        tokenizer,
+        ["question " + letter for letter in LETTERS] * 4,
+        tokens=600,
+        answer_tokens=20,
+        batch=8,
+        seed=0,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    written = sum(len(document.ids) for document in documents)
+    assert 600 <= written < 600 + 8 + 8 * 12  # at most a step of one batch, or its prompts, too many
+    assert seen[-1] == (600, 600)
+    assert seen == sorted(seen)
+
+
+def test_the_order_of_documents_has_nothing_to_do_with_length() -> None:
+    model, tokenizer = tiny_model("llama"), letters()
+    prompts = ["a" * length for length in range(1, 41)]
+    documents = write_answers(model, tokenizer, prompts, tokens=10**6, answer_tokens=2, batch=40, seed=0)
+    places = torch.tensor([[float(i), float(len(d.ids))] for i, d in enumerate(documents)]).T
+    assert abs(torch.corrcoef(places)[0, 1]) < 0.4
+
+
+def test_the_templates_own_bos_is_the_only_one() -> None:
+    tokenizer = letters()
+    core = tokenizer.backend_tokenizer
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="?")
+    assert tokenizer("ab").input_ids == [1, 3, 4]
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}?"
+    options = {"tokens": 10**6, "answer_tokens": 3, "batch": 2, "seed": 0}
+    (document,) = write_answers(tiny_model("llama"), tokenizer, ["ab"], **options)
+    assert document.ids[: document.counts.index(True)] == [1, 3, 4, 31]
+
+
+def test_a_prompt_that_fills_the_positions_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"a prompt of 101 tokens leaves no room for an answer\n.*96 positions"):
+        write_answers(tiny_model("gpt2"), letters(), ["a" * 100], tokens=10, answer_tokens=3, batch=1, seed=0)
+
+
+def test_batches_are_even() -> None:
+    assert [len(part) for part in evenly([[0]] * 67, 64)] == [33, 34]
+    assert [prompt for part in evenly([[i] for i in range(10)], 4) for prompt in part] == [[i] for i in range(10)]

@@ -1,0 +1,303 @@
+"""What a fit promises whatever the method and the objective: both are fakes where only the loop is asked."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import VOCABULARY, MemorySource, tiny_model
+from torch import Tensor, nn
+
+from logitwise.errors import MachineError
+from logitwise.fit import Data, Fitted, Schedule, SignSGD, Window, fit, measure, weights_of
+from logitwise.grid import Grid, Quantized, freeze
+from logitwise.objectives import OBJECTIVES, Objective
+from logitwise.quantizers import QUANTIZERS, STARTS, Quantizer, Role, Start
+from logitwise.recipe import Learning, Recipe
+from logitwise.skeleton import Head, Skeleton, Slot
+from logitwise.watch import Stage
+
+TOKENS, TRAIN, HELD_OUT = 11, 10, 4
+GRID = Grid(3, 16, False)
+
+
+@pytest.fixture(scope="module")
+def skeleton() -> Skeleton:
+    return Skeleton(MemorySource(tiny_model("llama")), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def data(skeleton: Skeleton) -> Data:
+    """The last block: its inputs, its outputs."""
+    ids = torch.randint(VOCABULARY, (TRAIN + HELD_OUT, TOKENS), generator=torch.Generator().manual_seed(3))
+    hidden = skeleton.embed(ids)
+    calls = skeleton.calls(TOKENS)
+    for block in (0, 1):
+        Window(skeleton, range(block, block + 1), calls, lambda slot: False).advance(hidden, {}, 8)
+    targets = hidden.clone()
+    Window(skeleton, range(2, 3), calls, lambda slot: False).advance(targets, {}, 8)
+    weights = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(4)) > 0.3).float()
+    return Data(hidden, targets, weights, TRAIN, HELD_OUT)
+
+
+def last_window(skeleton: Skeleton, kept: Callable[[Slot], bool] = lambda slot: False) -> Window:
+    return Window(skeleton, range(2, 3), skeleton.calls(TOKENS), kept)
+
+
+def run(skeleton: Skeleton, data: Data, method: str, objective: str, steps: int = 30, seed: int = 0) -> Fitted:
+    window = last_window(skeleton)
+    quantizers = window.quantizers(QUANTIZERS[method], GRID, STARTS["minmax"])
+    schedule = Schedule(steps, 4, 5, Recipe(method=method).learning_of, seed)
+    head = skeleton.head() if OBJECTIVES[objective].reads_head else None
+    return fit(window, quantizers, OBJECTIVES[objective], head, data, schedule, Stage())
+
+
+# ---- the real thing on a tiny llama
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("method", [name for name, method in QUANTIZERS.items() if method.learns])
+def test_the_held_out_measure_falls_and_the_best_iterate_is_stored(
+    skeleton: Skeleton, data: Data, method: str, objective: str
+) -> None:
+    fitted = run(skeleton, data, method, objective)
+    measures = dict(fitted.held_out)
+    assert list(measures) == [0, 6, 12, 18, 24, 30]
+    assert len(fitted.losses) == 30
+    assert measures[fitted.kept] == min(measures.values()) < 0.97 * measures[0]
+    weights = {slot: q.dequantize() for slot, q in fitted.quantized.items()}
+    again = measure(last_window(skeleton), weights, OBJECTIVES[objective], skeleton.head(), data, 4)
+    assert again == measures[fitted.kept]
+
+
+def test_round_to_nearest_goes_through_without_a_step(skeleton: Skeleton, data: Data) -> None:
+    fitted = run(skeleton, data, "rtn", "mse", steps=0)
+    assert fitted.losses == []
+    assert [step for step, _ in fitted.held_out] == [0]
+    assert fitted.kept == 0
+    assert len(fitted.quantized) == 7
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_another_order(skeleton: Skeleton, data: Data) -> None:
+    first, second, other = (run(skeleton, data, "flexround", "mse", 6, seed) for seed in (1, 1, 2))
+    assert first.losses == second.losses != other.losses
+    assert first.held_out == second.held_out
+    for slot, quantized in first.quantized.items():
+        assert torch.equal(quantized.codes, second.quantized[slot].codes)
+        assert torch.equal(quantized.scale, second.quantized[slot].scale)
+
+
+def test_a_window_with_nothing_replaced_is_the_teacher(skeleton: Skeleton, data: Data) -> None:
+    hidden = data.inputs.clone()
+    last_window(skeleton).advance(hidden, {}, 3)
+    assert torch.allclose(hidden, data.targets, rtol=0, atol=1e-6)
+
+
+def test_kept_slots_are_not_quantized(skeleton: Skeleton) -> None:
+    window = last_window(skeleton, kept=lambda slot: "mlp" in slot.name)
+    assert sorted(slot.module.rpartition(".")[2] for slot in window.slots) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+def test_two_blocks_are_fitted_together(skeleton: Skeleton, data: Data) -> None:
+    window = Window(skeleton, range(1, 3), skeleton.calls(TOKENS), lambda slot: False)
+    quantizers = window.quantizers(QUANTIZERS["flexround"], GRID, STARTS["minmax"])
+    before = {slot: [p.detach().clone() for p in q.parameters()] for slot, q in quantizers.items()}
+    one_step = Schedule(1, 2, 1, Recipe().learning_of, 0)
+    no_rows_held_out = Data(data.inputs, data.targets, data.weights, TRAIN, 0)
+    fitted = fit(window, quantizers, OBJECTIVES["mse"], None, no_rows_held_out, one_step, Stage())
+    assert {slot.block for slot in fitted.quantized} == {1, 2}
+    for slot, quantizer in quantizers.items():
+        for old, new in zip(before[slot], quantizer.parameters(), strict=True):
+            assert not torch.equal(old, new)
+
+
+# ---- the loop alone: one number is learned, and the objective says what it likes
+
+
+class Number(Quantizer):
+    """One learned number p; the weight that it stands for is p everywhere."""
+
+    role: Role = "scale"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(1, 1))
+        self.seen: list[float] = []
+        self.progress: list[float] = []
+
+    @classmethod
+    def start(cls, weight: Tensor, grid: Grid, start: Start) -> "Number":
+        return cls()
+
+    def forward(self, progress: float) -> Tensor:
+        self.seen.append(float(self.p.detach()))
+        self.progress.append(progress)
+        return self.p.expand(8, 8)
+
+    def freeze(self) -> Quantized:
+        one = torch.ones(8, 1)
+        return freeze(torch.zeros(8, 8), one + self.p.detach(), one, Grid(4, None, False, torch.float32))
+
+    def groups(self) -> dict[Role, list[nn.Parameter]]:
+        return {self.role: [self.p]}
+
+
+class Adding(Window):
+    """A window that adds its weight's first element to what comes in, and notes the rows that did."""
+
+    def __init__(self) -> None:
+        self.slots = [Slot("model.layers.0.mlp.up_proj.weight", "mlp.up_proj.weight", 0, 8, 8)]
+        self.batches: list[list[int]] = []
+
+    def forward(self, hidden: Tensor, replaced: object) -> Tensor:
+        self.batches.append(hidden[:, 0, 0].long().tolist())
+        return hidden + replaced[self.slots[0]][0, 0]
+
+
+class Told(Objective):
+    """A loss of slope one whose held-out measures are told beforehand."""
+
+    unit = "told"
+
+    def __init__(self, measures: list[float], loss: Callable[[Tensor], Tensor] = lambda x: x.mean()) -> None:
+        self.measures, self._loss = iter(measures), loss
+
+    def loss(self, student: Tensor, teacher: Tensor, weights: Tensor, head: Head | None) -> Tensor:
+        return self._loss(student - teacher)
+
+    def measure(self, student: Tensor, teacher: Tensor, weights: Tensor, head: Head | None) -> tuple[float, float]:
+        return 2 * next(self.measures), 2.0
+
+
+def learn(
+    learning: Learning,
+    steps: int,
+    measures: list[float] | None = None,
+    batch: int = 2,
+    train: int = 5,
+    seed: int = 0,
+    loss: Callable[[Tensor], Tensor] = lambda x: x.mean(),
+) -> tuple[Fitted, Number, Adding]:
+    window, number = Adding(), Number()
+    held_out = batch if measures else 0
+    rows = torch.arange(train + held_out).float().view(-1, 1, 1).expand(-1, 3, 8).clone()
+    data = Data(rows, rows.clone(), torch.ones(train + held_out, 3), train, held_out)
+    schedule = Schedule(steps, batch, max(1, len(measures or [0, 0]) - 1), lambda role: learning, seed)
+    fitted = fit(window, {window.slots[0]: number}, Told(measures or [], loss), None, data, schedule, Stage())
+    return fitted, number, window
+
+
+def learning(optimizer: str = "sign_sgd", rate: float = 0.1, per: str = "step", schedule: str = "linear") -> Learning:
+    return Learning.model_validate({"optimizer": optimizer, "rate": rate, "per": per, "schedule": schedule})
+
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: 1 - share,
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+}
+
+
+@pytest.mark.parametrize("per", ["step", "fit"])
+@pytest.mark.parametrize("schedule", SHAPES)
+@pytest.mark.parametrize("optimizer", ["sign_sgd", "adam"])
+def test_each_step_moves_by_the_rate_of_its_place(optimizer: str, schedule: str, per: str) -> None:
+    # The slope is one at every step: SignSGD moves by the rate, and so does Adam, whose moments agree.
+    _, number, _ = learn(learning(optimizer, 0.3, per, schedule), steps=9)
+    first = 0.3 / 9 if per == "fit" else 0.3
+    moves = [a - b for a, b in zip(number.seen, [*number.seen[1:], float(number.p.detach())], strict=True)]
+    assert moves == pytest.approx([first * SHAPES[schedule](t / 9) for t in range(9)], rel=1e-4)
+    assert number.progress == [t / 9 for t in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("measures", "kept"),
+    [
+        ([5, 4, 3, 2, 1], 8),
+        ([5, 1, 3, 2, 4], 2),
+        ([1, 4, 3, 2, 5], 0),
+        ([5, 4, 2, 2, 3], 4),
+        ([9, 8, math.nan, 7, 8], 6),
+    ],
+)
+def test_the_iterate_of_the_least_held_out_measure_is_kept(measures: list[float], kept: int) -> None:
+    fitted, number, _ = learn(learning(), steps=8, measures=measures)
+    assert [step for step, _ in fitted.held_out] == [0, 2, 4, 6, 8]
+    assert [value for _, value in fitted.held_out] == pytest.approx(measures, nan_ok=True)
+    assert fitted.kept == kept
+    moved = -sum(0.1 * (1 - t / 8) for t in range(kept))
+    assert float(number.p.detach()) == pytest.approx(moved, abs=1e-6)
+    (quantized,) = fitted.quantized.values()
+    assert quantized.scale[0, 0].item() == pytest.approx(1 + moved, abs=1e-6)
+
+
+def test_the_weights_that_are_measured_are_those_of_the_end() -> None:
+    _, number, _ = learn(learning(), steps=4, measures=[3, 2, 1])
+    assert number.progress == [1.0, 0.0, 0.25, 1.0, 0.5, 0.75, 1.0]
+
+
+def test_with_no_rows_held_out_the_last_iterate_is_kept() -> None:
+    fitted, number, _ = learn(learning(), steps=8)
+    assert fitted.held_out == []
+    assert fitted.kept == 8
+    assert float(number.p.detach()) == pytest.approx(-0.1 * 4.5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(5, 2), (6, 3), (7, 7), (3, 8), (1, 2)])
+def test_every_row_is_used_once_before_any_is_used_twice(rows: int, batch: int) -> None:
+    _, _, window = learn(learning(), steps=3 * rows, batch=batch, train=rows)
+    assert all(len(used) == batch for used in window.batches)
+    used = [row for rows_of_a_step in window.batches for row in rows_of_a_step]
+    assert len(used) == 3 * rows * batch
+    rounds = [used[i : i + rows] for i in range(0, len(used), rows)]
+    assert all(sorted(once) == list(range(rows)) for once in rounds)
+    if rows > 3:
+        assert len({tuple(once) for once in rounds}) > 1
+
+
+def test_held_out_rows_are_not_learned_from() -> None:
+    _, _, window = learn(learning(), steps=20, measures=[2, 1], train=5)
+    asked = [batch for batch in window.batches if min(batch) >= 5]
+    assert asked == [[5, 6], [5, 6]]
+    assert all(max(batch) < 5 for batch in window.batches if batch not in asked)
+
+
+@pytest.mark.parametrize("measures", [None, [3.0, 2.0]])
+def test_a_parameter_that_is_no_number_is_refused_by_the_layers_name(measures: list[float] | None) -> None:
+    with pytest.raises(MachineError, match=r"model\.layers\.0\.mlp\.up_proj.*no longer a finite number") as refused:
+        learn(learning(), steps=4, measures=measures, loss=lambda x: x.mean() * math.nan)
+    assert "smaller learning rate" in refused.value.remedy
+    assert refused.value.exit_code == 1
+
+
+def test_losses_are_those_of_each_step_and_the_stage_hears_of_them() -> None:
+    heard: list[float] = []
+
+    class Heard(Stage):
+        def advance(self, units: float = 1, detail: str = "") -> None:
+            heard.append(units)
+
+    window, number = Adding(), Number()
+    rows = torch.zeros(4, 3, 8)
+    data = Data(rows, rows + 2, torch.ones(4, 3), 4, 0)
+    schedule = Schedule(3, 2, 1, lambda role: learning(rate=0.3), 0)
+    fitted = fit(window, {window.slots[0]: number}, Told([]), None, data, schedule, Heard(), units=2.5)
+    assert fitted.losses == pytest.approx([-2.0, -2.3, -2.5])
+    assert heard == [2.5, 2.5, 2.5]
+
+
+def test_measure_is_the_mean_over_held_out_rows_in_batches() -> None:
+    window, number = Adding(), Number()
+    rows = torch.arange(7.0).view(7, 1, 1).expand(-1, 3, 8).clone()
+    data = Data(rows, torch.zeros_like(rows), torch.ones(7, 3), 4, 3)
+    weights = weights_of({window.slots[0]: number}, 1.0)
+    found = measure(window, weights, OBJECTIVES["mse"], None, data, batch=2)
+    assert window.batches == [[4, 5], [6]]
+    assert found == pytest.approx((16 + 25 + 36) / 3)
+
+
+def test_sign_sgd_moves_by_the_sign_alone() -> None:
+    p = nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
+    optimizer = SignSGD([{"params": [p], "lr": 0.25}])
+    p.grad = torch.tensor([1e-9, -1e9, 0.0])
+    optimizer.step()
+    assert p.tolist() == [0.75, 1.25, 1.0]
