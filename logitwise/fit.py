@@ -1,7 +1,7 @@
 """Fits one window: one block or K blocks, by any method and any objective. Knows none of them by name."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from logitwise.errors import MachineError
 from logitwise.grid import Grid, Quantized
 from logitwise.objectives import Objective
-from logitwise.quantizers import Quantizer, Start
+from logitwise.quantizers import Quantizer, Role, Start
 from logitwise.recipe import Learning
 from logitwise.skeleton import Call, Head, Skeleton, Slot
 from logitwise.watch import Stage
@@ -139,7 +139,7 @@ def fit(
         if data.held_out and step in checks:
             _refuse_not_a_number(quantizers)
             value = measure(window, weights_of(quantizers, 1.0), objective, head, data, schedule.batch)
-            if not held_out or value < min(v for _, v in held_out):
+            if best is None or value < min((v for _, v in held_out if not math.isnan(v)), default=math.inf):
                 kept = step
                 best = [{k: v.detach().clone() for k, v in q.named_parameters()} for q in quantizers.values()]
             held_out.append((step, value))
@@ -148,7 +148,7 @@ def fit(
         rows = next(order).to(data.inputs.device)
         student = window.forward(data.inputs[rows], weights_of(quantizers, step / schedule.steps))
         loss = objective.loss(student, data.targets[rows], data.weights[rows], head)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -203,13 +203,14 @@ class SignSGD(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
+                # The sign of NaN is 0, which would hide it.
+                parameter.sub_(parameter.grad.sign() + 0 * parameter.grad, alpha=group["lr"])
 
 
 def _optimizers(
     quantizers: Iterable[Quantizer], schedule: Schedule
 ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
-    by_role: dict[str, list[nn.Parameter]] = {}
+    by_role: dict[Role, list[nn.Parameter]] = {}
     for quantizer in quantizers:
         for role, parameters in quantizer.groups().items():
             by_role.setdefault(role, []).extend(parameters)
@@ -221,17 +222,19 @@ def _optimizers(
         rate = learning.rate / (steps if learning.per == "fit" else 1)
         group = [{"params": parameters, "lr": rate}]
         optimizer = SignSGD(group) if learning.optimizer == "sign_sgd" else torch.optim.Adam(group, fused=True)
-        shape = (
-            (lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
-            if learning.schedule == "cosine"
-            else (lambda t: 1 - t / steps)
-        )
         optimizers.append(optimizer)
-        schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, shape))
+        schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, _shape(learning, steps)))
     return optimizers, schedulers
 
 
-def _row_order(rows: int, schedule: Schedule) -> Iterable[Tensor]:
+def _shape(learning: Learning, steps: int) -> Callable[[int], float]:
+    """The share of the rate that each step has."""
+    if learning.schedule == "cosine":
+        return lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+    return lambda step: 1 - step / steps
+
+
+def _row_order(rows: int, schedule: Schedule) -> Iterator[Tensor]:
     """Batches of row numbers: every row once before any twice, in an order that the seed decides."""
     generator = torch.Generator().manual_seed(schedule.seed)
     pending = torch.empty(0, dtype=torch.int64)

@@ -7,7 +7,7 @@ stored as an unsigned code q in 0 .. 2^bits - 1 that stands for s * (q - z). A s
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from logitwise.errors import RecipeError
@@ -32,12 +32,12 @@ class Grid:
     @property
     def levels(self) -> int:
         """The largest code, 2^bits - 1."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
         """The zero point of a symmetric grid, 2^(bits - 1)."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     def groups(self, in_features: int) -> int:
         """How many groups a row of `in_features` weights has."""
@@ -94,13 +94,13 @@ class _Round(torch.autograd.Function):
         return x.round()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         return gradient
 
 
 def round_through(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Round to nearest; gradients pass unchanged (straight-through estimator)."""
-    rounded: Tensor = _Round.apply(x)
+    rounded: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
     return rounded
 
 
@@ -112,13 +112,13 @@ class _Store(torch.autograd.Function):
         return x.to(dtype).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
 def store_through(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
     """`x` rounded to `dtype` but held in its own type; gradients pass unchanged."""
-    stored: Tensor = _Store.apply(x, dtype)
+    stored: Tensor = _Store.apply(x, dtype)  # type: ignore[no-untyped-call]
     return stored
 
 
@@ -147,11 +147,8 @@ def scale_of_range(
 
     Errors: RecipeError where a scale overflows its stored type.
     """
-    if grid.symmetric:
-        scale = 2 * torch.maximum(-low, high) / grid.levels
-    else:
-        scale = (high - low) / grid.levels
-    scale = safe_scale(scale, grid)
+    span = 2 * torch.maximum(-low, high) if grid.symmetric else high - low
+    scale = safe_scale(span / grid.levels, grid)
     if grid.symmetric:
         return scale, torch.full_like(scale, float(grid.middle))
     return scale, torch.round(-low / scale).clamp(0, grid.levels)

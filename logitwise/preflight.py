@@ -94,12 +94,13 @@ def check(
 
 
 def _check_names(recipe: Recipe) -> None:
-    for key, known in {
-        "method": QUANTIZERS,
-        "objective": OBJECTIVES,
-        "start": STARTS,
-        "format": {"auto": None, **FORMATS},
-    }.items():
+    names: dict[str, list[str]] = {
+        "method": [*QUANTIZERS],
+        "objective": [*OBJECTIVES],
+        "start": [*STARTS],
+        "format": ["auto", *FORMATS],
+    }
+    for key, known in names.items():
         value = getattr(recipe, key)
         if value not in known:
             raise RecipeError(

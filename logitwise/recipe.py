@@ -109,7 +109,7 @@ class Recipe(_Frozen):
             raise _explained(error, settings) from error
 
     def but(self, **changes: Any) -> "Recipe":
-        """This recipe with some settings changed."""
+        """The same with some settings changed."""
         return self.of({**self.model_dump(), **changes})
 
 

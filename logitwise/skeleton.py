@@ -7,7 +7,7 @@ compares the replay with the model's own forward; a family is supported when tha
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ class Slot:
         return self.name.removesuffix(".weight")
 
     def get(self, weights: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
-        """This slot's weight, [out, in], out of its block's parameters."""
+        """The slot's weight, [out, in], out of its block's parameters."""
         parameter = weights[self.key] if self.expert is None else weights[self.key][self.expert]
         return parameter.T.contiguous() if self.transposed else parameter
 
@@ -75,7 +75,7 @@ class Call:
 class Head(nn.Module):
     """What turns the last block's output into logits, frozen.
 
-    hidden = after(x), usually the final norm; z = (hidden @ weight.T + bias) * scale; z = soft_cap * tanh(z / soft_cap).
+    hidden = after(x), usually the final norm; z = (hidden @ weight.T + bias) * scale; soft_cap * tanh(z / soft_cap).
     """
 
     def __init__(
@@ -235,7 +235,8 @@ class Skeleton:
     ) -> Float[Tensor, "rows tokens d"]:
         """One block's output on `hidden` states, with the given parameters."""
         output = functional_call(self.blocks[block], dict(weights), (hidden, *call.args), call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
 
     def embed(
         self, ids: Int64[Tensor, "rows tokens"], source: Source | None = None, batch: int = 8
@@ -342,10 +343,8 @@ class Skeleton:
             output._parameters.update(empty)
 
     def _run_base(self, ids: Tensor) -> None:
-        try:
+        with suppress(_Reached):
             self.model.base_model(input_ids=ids, use_cache=False)
-        except _Reached:
-            pass
 
     @contextmanager
     def _standing(self, act_of: Callable[[int], Callable[[Tensor, Call], Any]]) -> Iterator[None]:
@@ -394,7 +393,7 @@ class Skeleton:
         """Logits of the model's own forward and of its replay."""
         picked = {round(i * (len(self) - 1) / (PROOF_BLOCKS - 1)) for i in range(PROOF_BLOCKS)}
         generator = torch.Generator().manual_seed(0)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
+        vocabulary: int = self.model.config.get_text_config().vocab_size
         ids = torch.randint(vocabulary, (2, PROOF_TOKENS), generator=generator).to(self.device)
         own = self._own_logits(ids, picked)
         hidden = self.embed(ids)

@@ -217,6 +217,7 @@ def test_each_step_moves_by_the_rate_of_its_place(optimizer: str, schedule: str,
         ([1, 4, 3, 2, 5], 0),
         ([5, 4, 2, 2, 3], 4),
         ([9, 8, math.nan, 7, 8], 6),
+        ([math.nan, 8, 7, math.nan, 8], 4),
     ],
 )
 def test_the_iterate_of_the_least_held_out_measure_is_kept(measures: list[float], kept: int) -> None:
@@ -262,9 +263,13 @@ def test_held_out_rows_are_not_learned_from() -> None:
 
 
 @pytest.mark.parametrize("measures", [None, [3.0, 2.0]])
-def test_a_parameter_that_is_no_number_is_refused_by_the_layers_name(measures: list[float] | None) -> None:
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("optimizer", ["sign_sgd", "adam"])
+def test_a_parameter_that_is_no_number_is_refused_by_the_layers_name(
+    optimizer: str, wrong: float, measures: list[float] | None
+) -> None:
     with pytest.raises(MachineError, match=r"model\.layers\.0\.mlp\.up_proj.*no longer a finite number") as refused:
-        learn(learning(), steps=4, measures=measures, loss=lambda x: x.mean() * math.nan)
+        learn(learning(optimizer), steps=4, measures=measures, loss=lambda x: x.mean() * wrong)
     assert "smaller learning rate" in refused.value.remedy
     assert refused.value.exit_code == 1
 

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
@@ -23,6 +24,7 @@ from logitwise.calibration.chat import prompt_ids
 from logitwise.calibration.rows import Document
 from logitwise.errors import CalibrationError
 
+CHUNK = 256  # tokens of the vocabulary that are drawn from together
 CACHE_STEP = 64  # positions by which the cache grows; copying it costs about one forward of the batch
 LIVE_SHARE = 0.75  # below this share of unfinished answers the cache is compacted
 SPARE_PROMPTS = 1.15  # prompts taken beyond what the mean length asks for; the run stops when enough is written
@@ -45,7 +47,12 @@ class Sampler:
         if self.temperature == 0:
             return logits.argmax(-1)
         probabilities = (logits.float() / self.temperature).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+        # First a chunk of the vocabulary, then a token of it: the same distribution, but a random number a chunk and
+        # not a token, which multinomial draws one after another on a CPU (a fifth of a small model's step).
+        chunks = pad(probabilities, (0, -probabilities.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))
+        chunk = torch.multinomial(chunks.sum(-1), 1, generator=self.generator).squeeze(1)
+        inside = chunks[torch.arange(len(chunk), device=chunk.device), chunk]
+        return chunk * CHUNK + torch.multinomial(inside, 1, generator=self.generator).squeeze(1)
 
 
 def write_answers(

@@ -1,4 +1,7 @@
-"""LFQ: the final block is fitted to the full-precision model's token probabilities (Lee et al., 2026, arXiv 2605.29756)."""
+"""LFQ: the final block is fitted to the full-precision model's token probabilities.
+
+Lee et al., "Logit-aware Final-block Quantization", 2026, arXiv 2605.29756.
+"""
 
 import torch
 from jaxtyping import Float

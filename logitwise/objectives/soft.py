@@ -54,7 +54,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return gradient * upstream.to(gradient.dtype), None, None, None
 
@@ -72,7 +72,8 @@ def soft_cross_entropy(
     The gradient reaches `student` alone.
     """
     counted = weights > 0
-    loss: Tensor = _SoftCrossEntropy.apply(student[counted], teacher[counted].detach(), weights[counted], head)
+    given = student[counted], teacher[counted].detach(), weights[counted]
+    loss: Tensor = _SoftCrossEntropy.apply(*given, head)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -1,4 +1,4 @@
-"""SignRound: a learned offset before rounding and a learned range (Cheng et al., EMNLP Findings 2024, arXiv 2309.05516).
+"""SignRound: a learned offset before rounding, a learned range (Cheng et al., EMNLP Findings 2024, arXiv 2309.05516).
 
 Asymmetric:             s = (beta max(W) - alpha min(W)) / (2^bits - 1),  z = round(-alpha min(W) / s)
                         q = clamp(round(W / s + V) + z, 0, 2^bits - 1)
@@ -45,7 +45,7 @@ class SignRound(Quantizer):
     @classmethod
     def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "SignRound":
         quantizer = cls(weight, start(weight, grid), grid)
-        safe_scale(quantizer._scale().detach(), grid)  # refuses what overflows; shares of the range never exceed the whole
+        safe_scale(quantizer._scale().detach(), grid)  # refuses one that overflows
         return quantizer
 
     def forward(self, progress: float) -> Float[Tensor, "out in"]:

@@ -67,7 +67,7 @@ class GgufSource(Source):
         # Stacked experts are several tensors of the file; transformers collects those under "tensors" by itself.
         collected: dict[str, dict[str, Tensor]] = {"tensors": {}}
         for stored in self._parts[name]:
-            processed = self._processor.process(  # type: ignore[no-untyped-call]
+            processed = self._processor.process(
                 weights=self._dequantize(self._tensors[stored]),
                 name=stored,
                 tensor_key_mapping=self._names,

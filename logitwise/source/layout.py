@@ -81,7 +81,7 @@ def layout_of(config: PretrainedConfig, stored: int, where: str) -> Layout:
         )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a config from outside may fail in any way inside transformers' constructors
         raise SourceError(
             f"the config of {where} describes no model that can be built",

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from logitwise.calibration.generate import answer, evenly, write_answers
+from logitwise.calibration.generate import Sampler, answer, evenly, write_answers
 from logitwise.errors import CalibrationError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz \n?"
@@ -68,21 +68,29 @@ def test_greedy_answers_are_those_of_generate(family: str) -> None:
     assert {tuple(d.ids) for d in write_answers(model, tokenizer, prompts, **options)} == expected
 
 
-def test_sampling_follows_the_temperature_and_leaves_the_global_random_state() -> None:
-    model, tokenizer = tiny_model("llama", scale=4.0), letters()
-    options = {"tokens": 10**6, "answer_tokens": 1, "batch": 400, "seed": 3}
+def test_sampling_follows_the_temperature_and_leaves_the_global_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logitwise.calibration.generate.CHUNK", 16)  # 131 tokens: the last chunk is not full
+    logits = 2 * torch.randn(131, generator=torch.Generator().manual_seed(0))
     state = torch.get_rng_state()
-    counts = {}
     for temperature in (0.5, 2.0):
-        documents = write_answers(model, tokenizer, ["ab"] * 400, temperature=temperature, **options)
-        assert documents == write_answers(model, tokenizer, ["ab"] * 400, temperature=temperature, **options)
-        counts[temperature] = torch.bincount(torch.tensor([d.ids[-1] for d in documents]), minlength=131) / 400
+        draws = [
+            Sampler(temperature, torch.Generator().manual_seed(3))(logits.expand(20000, -1).contiguous())
+            for _ in range(2)
+        ]
+        assert torch.equal(draws[0], draws[1])
+        frequency = torch.bincount(draws[0], minlength=131).double() / 20000
+        probabilities = (logits.double() / temperature).softmax(-1)
+        spread = (probabilities * (1 - probabilities) / 20000).sqrt()
+        assert ((frequency - probabilities).abs() <= 4.5 * spread + 1e-4).all()
     assert torch.equal(state, torch.get_rng_state())
-    logits = model(torch.tensor([tokenizer("ab\n").input_ids])).logits[0, -1].double()
-    for temperature, frequency in counts.items():
-        probabilities = (logits / temperature).softmax(-1)
-        spread = (probabilities * (1 - probabilities) / 400).sqrt()
-        assert ((frequency - probabilities).abs() <= 5 * spread + 1e-2).all()
+
+
+def test_the_seed_decides_the_answers() -> None:
+    model, tokenizer = tiny_model("llama"), letters()
+    options = {"tokens": 10**6, "answer_tokens": 8, "batch": 4}
+    first, again, other = (write_answers(model, tokenizer, ["ab"] * 6, seed=seed, **options) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
 
 
 def test_only_the_answer_counts_and_an_end_token_is_part_of_it() -> None:

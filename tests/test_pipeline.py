@@ -1,0 +1,315 @@
+"""One run, end to end, on a tiny Llama: the checkpoint is the model that was measured."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model
+from source_files import llama_config, random_model, save, tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import logitwise
+from logitwise.calibration.rows import Rows
+from logitwise.errors import FormatError, InputError, SourceError
+from logitwise.evaluation import measure_models
+from logitwise.source import open_source
+from logitwise.watch import Watcher
+
+CPU = torch.device("cpu")
+TINY = {
+    "bits": 2,
+    "group_size": 16,
+    "rows": 24,
+    "held_out": 8,
+    "row_tokens": 24,
+    "steps": 6,
+    "batch": 4,
+    "checks": 2,
+    "scale_dtype": "float32",
+}
+
+
+class Listener(Watcher):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+
+def prose(words: int, seed: int = 0) -> str:
+    """Text with some regularity, in paragraphs."""
+    rng = random.Random(seed)
+    nouns, verbs = ["the hen", "the man", "a net", "the ant"], ["met", "ate", "hid", "saw"]
+    lines = [f"{rng.choice(nouns)} {rng.choice(verbs)} {rng.choice(nouns)}." for _ in range(words // 5)]
+    return "\n\n".join(" ".join(lines[i : i + 4]) for i in range(0, len(lines), 4))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of two blocks whose weights are large enough to make its answers sure."""
+    model = random_model(llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=128))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    return save(model, tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(prose(700), encoding="utf-8")
+    return path
+
+
+def recipe(text: Path, **changes: object) -> logitwise.Recipe:
+    return logitwise.Recipe.load(None, **{**TINY, "calibration": f"text:{text}", **changes})
+
+
+def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def dense_logits(original: Path, quantized: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the original model with the weights that our own reader finds in the checkpoint."""
+    model, source = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32), open_source(quantized)
+    model.load_state_dict({name: source.read(name) for name in source.names()}, strict=False)
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("method", ["rtn", "flexround", "signround"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_transformers_loads_the_model_that_was_made(
+    folder: Path, text: Path, tmp_path: Path, method: str, symmetric: bool
+) -> None:
+    ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
+    out = tmp_path / "out"
+    result = logitwise.quantize(folder, out, recipe(text, method=method, symmetric=symmetric))
+    assert torch.equal(logits_of(out, ids), dense_logits(folder, out, ids))
+    assert not torch.allclose(logits_of(out, ids), logits_of(folder, ids), atol=1e-2)
+    assert AutoTokenizer.from_pretrained(out)("the hen")["input_ids"] == tokenizer()("the hen")["input_ids"]
+    assert result.report["bits_per_weight"] == pytest.approx(2 + 32 / 16 + (0 if symmetric else 2 / 16))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("group_size", [16, None])
+def test_float16_scales_are_what_was_measured(
+    folder: Path, text: Path, tmp_path: Path, bits: int, group_size: int | None
+) -> None:
+    ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
+    changes = {"bits": bits, "group_size": group_size, "scale_dtype": "float16", "method": "rtn"}
+    logitwise.quantize(folder, tmp_path / "out", recipe(text, **changes))
+    assert (logits_of(tmp_path / "out", ids) - dense_logits(folder, tmp_path / "out", ids)).abs().max() < 1e-2
+
+
+def test_lfq_lowers_the_divergence_on_text_it_did_not_see(folder: Path, text: Path, tmp_path: Path) -> None:
+    """The whole point, at toy size: RTN > MSE > LFQ on held-out rows that chose nothing."""
+    source, unseen = open_source(folder), tmp_path / "unseen.txt"
+    unseen.write_text(prose(400, seed=9), encoding="utf-8")
+    from logitwise.calibration.rows import pack
+    from logitwise.calibration.text import read_text
+
+    rows = pack(read_text(unseen, source.tokenizer()), 0, 24)[:40]
+    run = {"run_folder": tmp_path / "run", "keep_run": True}
+    strong = recipe(text, rows=60, steps=60, batch=8, checks=4)
+    results = [
+        logitwise.quantize(folder, tmp_path / "rtn", strong.but(method="rtn")),
+        logitwise.quantize(folder, tmp_path / "lfq", strong, **run),
+        logitwise.quantize(folder, tmp_path / "mse", strong.but(objective="mse"), **run),
+    ]
+    sources = [open_source(tmp_path / name) for name in ("rtn", "mse", "lfq")]
+    rtn, mse, lfq = (found.kl.mean for found in measure_models(sources, source, rows, "cpu"))
+    assert lfq < mse < rtn
+    assert results[1].fitted_by == "lfq"
+    assert results[1].held_out_kl["lfq"] < results[1].held_out_kl["mse"]
+    assert results[2].held_out_kl == {"mse": results[1].held_out_kl["mse"]}
+
+
+def test_only_the_final_blocks_differ_between_objectives(folder: Path, text: Path, tmp_path: Path) -> None:
+    run = {"run_folder": tmp_path / "run", "keep_run": True}
+    logitwise.quantize(folder, tmp_path / "lfq", recipe(text), **run)
+    logitwise.quantize(folder, tmp_path / "mse", recipe(text, objective="mse"), **run)
+    one, other = open_source(tmp_path / "lfq"), open_source(tmp_path / "mse")
+    different = {name for name in one.names() if not torch.equal(one.read(name), other.read(name))}
+    assert different
+    assert all(name.startswith("model.layers.1.") for name in different)
+
+
+def test_two_final_blocks_are_fitted_together(folder: Path, text: Path, tmp_path: Path) -> None:
+    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, final_blocks=2, steps=20), keep_run=True)
+    assert [(w["blocks"], w["objective"]) for w in result.report["windows"]] == [
+        ([0, 0], "mse"),
+        ([1, 1], "mse"),
+        ([0, 1], "lfq"),
+    ]
+    assert result.fitted_by == "lfq"
+
+
+def test_the_mse_fit_is_kept_where_lfq_is_no_better(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = Listener()
+    from logitwise import stream
+
+    true_fit = stream.fit
+
+    def spoiled(window, quantizers, objective, *rest, **more):  # type: ignore[no-untyped-def]
+        if objective.reads_head:
+            for quantizer in quantizers.values():
+                with torch.no_grad():
+                    quantizer.log_scale.add_(1.0)
+        return true_fit(window, quantizers, objective, *rest, **more)
+
+    monkeypatch.setattr(stream, "fit", spoiled)
+    changes = {"steps": 8, "steps_last": 0, "checks": 1}
+    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, **changes), watcher=listener)
+    assert result.fitted_by == "mse"
+    assert result.held_out_kl["lfq"] >= result.held_out_kl["mse"]
+    assert len(result.unmet) == 1
+    assert "the MSE fit was kept" in result.unmet[0]
+    assert result.unmet[0] in listener.said
+
+
+def test_the_same_seed_gives_the_same_bytes_and_leaves_the_random_state(
+    folder: Path, text: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    for name in ("one", "two"):
+        logitwise.quantize(folder, tmp_path / name, recipe(text))
+    logitwise.quantize(folder, tmp_path / "other", recipe(text, seed=1))
+    one, two, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two", "other"))
+    assert one == two
+    assert one != other
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_run_that_stopped_goes_on_and_gives_the_same_bytes(folder: Path, text: Path, tmp_path: Path) -> None:
+    from logitwise import stream
+
+    logitwise.quantize(folder, tmp_path / "whole", recipe(text))
+    true_fit, calls = stream.fit, []
+
+    def stopping(*arguments, **more):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return true_fit(*arguments, **more)
+
+    stream.fit = stopping
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            logitwise.quantize(folder, tmp_path / "out", recipe(text))
+        assert not (tmp_path / "out").exists()
+        assert (tmp_path / "out.run").exists()
+        calls.clear()
+        calls.append(1), calls.append(1)
+        listener = Listener()
+        logitwise.quantize(folder, tmp_path / "out", recipe(text), watcher=listener)
+    finally:
+        stream.fit = true_fit
+    assert len(calls) == 4  # two of three windows were left
+    assert "1 of 3 windows were finished before" in listener.said
+    whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
+    assert whole == resumed
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_the_models_own_text_and_the_first_row_are_kept(folder: Path, tmp_path: Path) -> None:
+    changes = {"calibration": "self", "rows": 6, "held_out": 4, "row_tokens": 64, "batch": 2}
+    made = logitwise.Recipe.load(None, **{**TINY, **changes})
+    result = logitwise.quantize(folder, tmp_path / "out", made, keep_run=True)
+    first = (tmp_path / "out.run" / "first_row.txt").read_text("utf-8")
+    assert first
+    assert result.report["calibration"]["first"] == first
+    assert result.report["calibration"]["rows"] == 6
+
+
+def test_the_report_says_everything(folder: Path, text: Path, tmp_path: Path) -> None:
+    logitwise.quantize(folder, tmp_path / "out", recipe(text, keep=("down_proj",)))
+    report = json.loads((tmp_path / "out" / "logitwise.json").read_text("utf-8"))
+    assert {entry["tensor"] for entry in report["audit"]} == set(open_source(folder).names())
+    kept = {entry["tensor"]: entry["why"] for entry in report["audit"] if entry["fate"] == "kept"}
+    assert kept["model.layers.0.mlp.down_proj.weight"] == "--keep"
+    assert all(choice["why"] for choice in report["choices"].values())
+    assert len(report["model"]["sha256"]) == 64
+    assert report["recipe"]["bits"] == 2
+    assert len(report["windows"][0]["losses"]) == 6
+    ids = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits_of(tmp_path / "out", ids), dense_logits(folder, tmp_path / "out", ids))
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "logitwise" in card
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+
+
+def test_rows_given_in_python_are_used(folder: Path, tmp_path: Path) -> None:
+    ids = torch.randint(3, 90, (12, 17), generator=torch.Generator().manual_seed(0))
+    rows = Rows(ids[:, :-1], ids[:, 1:], torch.ones(12, 16))
+    made = logitwise.Recipe.load(None, **{**TINY, "held_out": 4, "checks": 1})
+    result = logitwise.quantize(folder, tmp_path / "out", made, rows=rows)
+    assert result.report["calibration"] == {"rows": 8, "held_out_rows": 4, "counted_tokens": 128}
+
+
+def test_without_held_out_rows_the_last_iterate_is_kept_and_that_is_said(folder: Path, text: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, held_out=0), watcher=listener)
+    assert result.held_out_kl == {}
+    assert result.fitted_by == "lfq"
+    assert any("no rows were held out" in sentence for sentence in listener.said)
+
+
+def refused(error: type[InputError], match: str, *arguments: object, out: Path, **more: object) -> None:
+    with pytest.raises(error, match=match) as caught:
+        logitwise.quantize(*arguments, **more)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
+    assert caught.value.remedy
+    assert not out.exists()
+    assert not out.with_name(out.name + ".run").exists()
+
+
+def test_what_is_refused_before_any_work(folder: Path, text: Path, tmp_path: Path) -> None:
+    out, good = tmp_path / "out", recipe(text)
+    refused(SourceError, "does not exist", tmp_path / "nothing", out, good, out=out)
+    refused(FormatError, r"48 inputs.*groups of 24 do not|48 inputs", folder, out, good.but(group_size=20), out=out)
+    refused(InputError, "method fleround", folder, out, good.but(method="fleround"), out=out)
+    refused(InputError, "objective kl", folder, out, good.but(objective="kl"), out=out)
+    refused(InputError, "format zip", folder, out, good.but(format="zip"), out=out)
+    refused(InputError, "final-blocks 3", folder, out, good.but(final_blocks=3), out=out)
+    refused(InputError, "nothing is left", folder, out, good.but(keep=("proj",)), out=out)
+    refused(InputError, "missing.txt", folder, out, good.but(calibration=f"text:{tmp_path}/missing.txt"), out=out)
+    refused(InputError, "device", folder, out, good.but(device="nowhere"), out=out)
+    short = tmp_path / "short.txt"
+    short.write_text("too short", encoding="utf-8")
+    refused(InputError, "too few", folder, out, good.but(calibration=f"text:{short}"), out=out)
+
+
+def test_a_quantized_model_is_refused(folder: Path, text: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    logitwise.quantize(folder, made, recipe(text, method="rtn"))
+    refused(SourceError, "quantized already", made, tmp_path / "out", recipe(text), out=tmp_path / "out")
+
+
+def test_weights_that_are_not_numbers_are_refused_by_name(text: Path, tmp_path: Path) -> None:
+    model = random_model(llama_config())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    broken = save(model, tmp_path / "broken")
+    out = tmp_path / "out"
+    refused(SourceError, r"model\.layers\.1\.mlp\.up_proj\.weight", broken, out, recipe(text), out=out)
+
+
+def test_transposed_weights_are_refused_by_name(text: Path, tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path / "gpt2")
+    tokenizer().save_pretrained(tmp_path / "gpt2")
+    out = tmp_path / "out"
+    refused(FormatError, r"transformer\.h\.0\..*transposed", tmp_path / "gpt2", out, recipe(text), out=out)
