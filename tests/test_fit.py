@@ -124,6 +124,7 @@ class Number(Quantizer):
         self.p = nn.Parameter(torch.zeros(1, 1))
         self.seen: list[float] = []
         self.progress: list[float] = []
+        self.bounded: list[float] = []
 
     @classmethod
     def start(cls, weight: Tensor, grid: Grid, start: Start) -> "Number":
@@ -140,6 +141,9 @@ class Number(Quantizer):
 
     def groups(self) -> dict[Role, list[nn.Parameter]]:
         return {self.role: [self.p]}
+
+    def after_step(self) -> None:
+        self.bounded.append(float(self.p.detach()))
 
 
 class Adding(Window):
@@ -207,6 +211,7 @@ def test_each_step_moves_by_the_rate_of_its_place(optimizer: str, schedule: str,
     moves = [a - b for a, b in zip(number.seen, [*number.seen[1:], float(number.p.detach())], strict=True)]
     assert moves == pytest.approx([first * SHAPES[schedule](t / 9) for t in range(9)], rel=1e-4)
     assert number.progress == [t / 9 for t in range(9)]
+    assert number.bounded == [*number.seen[1:], float(number.p.detach())]  # after each step, once
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,23 @@ def reference(model: PreTrainedModel, prompt: list[int], tokens: int, ends: list
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mistral", "gemma3", "gemma2", "qwen2-sliding"])
-def test_greedy_answers_are_those_of_each_prompt_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitwise.calibration.generate.CACHE_STEP", 8)  # many growths, below and above the window
+FULL, SLIDING = ["llama", "gpt2", "opt"], ["mistral", "gemma3", "gemma2", "qwen2-sliding"]
+LONG, SHORT = (
+    (3, 7, 7, 11, 24),
+    (2, 3, 3, 4, 5),
+)  # prompts beyond the windows (15 to 19), and caches that grow into them
+
+
+@pytest.mark.parametrize(
+    ("family", "lengths"), [(family, LONG) for family in FULL + SLIDING] + [(family, SHORT) for family in SLIDING[:2]]
+)
+def test_greedy_answers_are_those_of_each_prompt_alone(
+    family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logitwise.calibration.generate.CACHE_STEP", 8)  # many growths
     model = tiny_model(family)
     draw = random.Random(1)
-    prompts = [[draw.randrange(3, 131) for _ in range(length)] for length in (3, 7, 7, 11, 24)]
+    prompts = [[draw.randrange(3, 131) for _ in range(length)] for length in lengths]
     free = [reference(model, prompt, 40, []) for prompt in prompts]
     # Ends that some answers reach early and others late or never, so that rows leave the batch.
     ends = sorted({free[0][5], free[1][9], free[3][20]})
