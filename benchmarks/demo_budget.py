@@ -35,16 +35,8 @@ def signround(rate: float, **more: object) -> dict[str, object]:
 
 VARIANTS = {
     "rtn": {"method": "rtn"},
-    **{f"flexround {rate:g}": flexround(rate) for rate in (2e-3, 4e-3, 8e-3, 1.6e-2)},
-    **{f"signround {rate:g}": signround(rate) for rate in (0.5, 1.0, 2.0)},
-    "signround 1 minmax": signround(1.0, start="minmax"),
-    "flexround 0.008, 40 steps": flexround(8e-3, steps=40),
-    "flexround 0.008, last 80": flexround(8e-3, steps_last=80),
-    "flexround 0.008, batch 2, 40 steps": flexround(8e-3, steps=40, steps_last=80, batch=2),
-    "signround 1, 40 steps": signround(1.0, steps=40),
-    "signround 1, batch 2, 40 steps": signround(1.0, steps=40, steps_last=80, batch=2),
-    "flexround 0.008, 28 rows": flexround(8e-3, rows=28),
-    "flexround 0.008, 112 rows": flexround(8e-3, rows=112),
+    **{f"flexround {rate:g}": flexround(rate) for rate in (4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2)},
+    **{f"signround {rate:g}": signround(rate) for rate in (0.5, 0.7, 1.0, 1.4, 2.0)},
 }
 
 

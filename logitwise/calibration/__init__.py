@@ -24,7 +24,7 @@ __all__ = ["Calibration", "check_spec", "documents_of", "prepare"]
 
 KINDS = "self, self:FILE, text:FILE, jsonl:FILE, hf:NAME"
 ANSWER_TOKENS = 256  # the longest answer of the model's own text
-ANSWER_BATCH = 64
+ANSWER_BATCH = 96
 DOCUMENT_LEAST = 32  # tokens; a templated prompt and its answer are hardly ever shorter, so prompts do not run out
 
 
