@@ -62,8 +62,19 @@ def main() -> None:
     for grid in arguments.grids:
         for seed in arguments.seeds:
             recipe = logitwise.Recipe.load(
-                None, **{**GRIDS[grid], "steps": arguments.steps, "rows": 512, "row_tokens": 256, "batch": 8,
-                "seed": seed, "scale_dtype": "float32", "device": str(device), "compute_dtype": "float32", **extra},
+                None,
+                **{
+                    **GRIDS[grid],
+                    "steps": arguments.steps,
+                    "rows": 512,
+                    "row_tokens": 256,
+                    "batch": 8,
+                    "seed": seed,
+                    "scale_dtype": "float32",
+                    "device": str(device),
+                    "compute_dtype": "float32",
+                    **extra,
+                },
             )
             with tempfile.TemporaryDirectory() as temporary:
                 run = Path(temporary) / "run"
@@ -75,15 +86,29 @@ def main() -> None:
                     )
                     made = open_source(out)
                     figures = as_json(likelihood(outputs(skeleton, made, test, batch=64), reference, test))
-                    row = {"grid": grid, "seed": seed, "objective": objective, "fitted_by": result.fitted_by,
-                           "held_out_kl": result.held_out_kl, "bits_per_weight": result.report["bits_per_weight"],
-                           "seconds": round(time.monotonic() - began, 1), **figures}
+                    row = {
+                        "grid": grid,
+                        "seed": seed,
+                        "objective": objective,
+                        "fitted_by": result.fitted_by,
+                        "held_out_kl": result.held_out_kl,
+                        "bits_per_weight": result.report["bits_per_weight"],
+                        "seconds": round(time.monotonic() - began, 1),
+                        **figures,
+                    }
                     found.append(row)
-                    print(f"{grid:6} seed {seed} {objective}: KL {figures['kl']['mean']:.4f} top-1 "
-                          f"{figures['top1']['mean']:.4f} ({row['seconds']} s) {result.held_out_kl}", flush=True)
+                    print(
+                        f"{grid:6} seed {seed} {objective}: KL {figures['kl']['mean']:.4f} top-1 "
+                        f"{figures['top1']['mean']:.4f} ({row['seconds']} s) {result.held_out_kl}",
+                        flush=True,
+                    )
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    arguments.out.write_text(json.dumps({"device": name, "versions": result.report["versions"],
-                                         "arguments": sys.argv[1:], "results": found}, indent=1))
+    arguments.out.write_text(
+        json.dumps(
+            {"device": name, "versions": result.report["versions"], "arguments": sys.argv[1:], "results": found},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

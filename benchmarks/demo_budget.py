@@ -37,6 +37,10 @@ VARIANTS = {
     "rtn": {"method": "rtn"},
     **{f"flexround {rate:g}": flexround(rate) for rate in (4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2)},
     **{f"signround {rate:g}": signround(rate) for rate in (0.5, 0.7, 1.0, 1.4, 2.0)},
+    "signround 1, last 40 of 4": signround(1.0, steps_last=40, batch_last=4),
+    "signround 1, last 120 of 2": signround(1.0, steps_last=120),
+    "signround 1, last 120 of 4": signround(1.0, steps_last=120, batch_last=4),
+    "signround 1, last 60 of 8": signround(1.0, batch_last=8),
 }
 
 
@@ -66,13 +70,28 @@ def main() -> None:
                     )
                     figures = as_json(likelihood(outputs(skeleton, open_source(out), rows), reference, rows))
                     seconds = round(time.monotonic() - began, 1)
-                    found.append({"variant": name, "seed": seed, "objective": objective, "fitted_by": made.fitted_by,
-                                  "held_out_kl": made.held_out_kl, "seconds": seconds, **figures})
-                    print(f"{name:36} seed {seed} {objective}: KL {figures['kl']['mean']:.4f} "
-                          f"± {figures['kl']['standard_error']:.4f} top-1 {figures['top1']['mean']:.4f} "
-                          f"perplexity {figures['perplexity']['mean']:.2f} ({seconds} s) {made.held_out_kl}", flush=True)
-                    arguments.out.write_text(json.dumps(
-                        {"arguments": sys.argv[1:], "versions": made.report["versions"], "results": found}, indent=1))
+                    found.append(
+                        {
+                            "variant": name,
+                            "seed": seed,
+                            "objective": objective,
+                            "fitted_by": made.fitted_by,
+                            "held_out_kl": made.held_out_kl,
+                            "seconds": seconds,
+                            **figures,
+                        }
+                    )
+                    print(
+                        f"{name:36} seed {seed} {objective}: KL {figures['kl']['mean']:.4f} "
+                        f"± {figures['kl']['standard_error']:.4f} top-1 {figures['top1']['mean']:.4f} "
+                        f"perplexity {figures['perplexity']['mean']:.2f} ({seconds} s) {made.held_out_kl}",
+                        flush=True,
+                    )
+                    arguments.out.write_text(
+                        json.dumps(
+                            {"arguments": sys.argv[1:], "versions": made.report["versions"], "results": found}, indent=1
+                        )
+                    )
 
 
 if __name__ == "__main__":

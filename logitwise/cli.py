@@ -129,7 +129,9 @@ def evaluate(
 ) -> None:
     """Perplexity, KL and top-1 agreement with another model, teacher-forced, each with its standard error."""
     if (text is None) == (jsonl is None):
-        raise RecipeError("no text to evaluate on" if text is None else "two texts", "one is needed", "give --text or --jsonl")
+        raise RecipeError(
+            "no text to evaluate on" if text is None else "two texts", "one is needed", "give --text or --jsonl"
+        )
     with _watching(quiet, verbose, log) as watcher:
         from logitwise.evaluation import evaluate as run
         from logitwise.report.figures import show_evaluation
@@ -205,7 +207,9 @@ def main() -> None:
         raise SystemExit(130) from None
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # a mistake in the words of the command
-            console.print(f"[bold red]logitwise:[/] {error.format_message()}\n  do:   logitwise --help", highlight=False)
+            console.print(
+                f"[bold red]logitwise:[/] {error.format_message()}\n  do:   logitwise --help", highlight=False
+            )
             raise SystemExit(2) from None
         raise
 

@@ -1,14 +1,14 @@
 """Every error that logitwise raises for a reason a user can act on.
 
-    LogitwiseError                 what happened, why, what to do; an exit code
-    ├── InputError          (2)    refused before any work; nothing was written
-    │   ├── SourceError            the model: missing, corrupt, unsupported
-    │   ├── RecipeError            an option: unknown, out of range, at odds with another
-    │   ├── CalibrationError       the calibration text: missing, empty, too short
-    │   ├── FormatError            the checkpoint format cannot hold what is asked
-    │   └── OutputError            the place where the result should go
-    ├── MachineError        (1)    memory, disk or a process failed; run the same command again
-    └── UnmetError          (3)    finished, but something asked for was not met (--strict)
+LogitwiseError                 what happened, why, what to do; an exit code
+├── InputError          (2)    refused before any work; nothing was written
+│   ├── SourceError            the model: missing, corrupt, unsupported
+│   ├── RecipeError            an option: unknown, out of range, at odds with another
+│   ├── CalibrationError       the calibration text: missing, empty, too short
+│   ├── FormatError            the checkpoint format cannot hold what is asked
+│   └── OutputError            the place where the result should go
+├── MachineError        (1)    memory, disk or a process failed; run the same command again
+└── UnmetError          (3)    finished, but something asked for was not met (--strict)
 """
 
 

@@ -86,9 +86,7 @@ def _write_model_files(job: Job, grid: Grid, staging: Path) -> None:
     ignored = [name for name in job.skeleton.linear_modules() if name not in quantized]
     config = job.source.config
     config.architectures = [type(job.skeleton.model).__name__]
-    write_config(
-        staging, config, job.format.quantization_config(grid, sorted(quantized), ignored), job.source.dtype
-    )
+    write_config(staging, config, job.format.quantization_config(grid, sorted(quantized), ignored), job.source.dtype)
     job.source.tokenizer().save_pretrained(staging)
     files = job.source.extra_files()
     for file in files:

@@ -10,10 +10,12 @@ def model_card(report: dict[str, Any]) -> str:
         f"groups of {recipe['group_size']}" if recipe["group_size"] else "one scale a channel"
     )
     kind = "symmetric" if recipe["symmetric"] else "asymmetric"
-    kl = "".join(
-        f"| {objective} | {value:.4f} |\n" for objective, value in report["held_out_kl"].items()
+    kl = "".join(f"| {objective} | {value:.4f} |\n" for objective, value in report["held_out_kl"].items())
+    measured = (
+        f"\nKL to the original on held-out rows, nats a token:\n\n| final blocks fitted by | KL |\n|---|---|\n{kl}"
+        if kl
+        else ""
     )
-    measured = f"\nKL to the original on held-out rows, nats a token:\n\n| final blocks fitted by | KL |\n|---|---|\n{kl}" if kl else ""
     return f"""---
 base_model: {name}
 library_name: transformers

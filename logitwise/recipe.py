@@ -66,6 +66,7 @@ class Recipe(_Frozen):
     steps: int = Field(300, ge=0, description="optimiser steps a block")
     steps_last: int | None = Field(None, ge=0, description="steps of the final blocks; None: as `steps`")
     batch: int = Field(8, ge=1, description="rows a step")
+    batch_last: int | None = Field(None, ge=1, description="rows a step of the final blocks; None: as `batch`")
     checks: int = Field(10, ge=1, description="how often held-out rows are asked while a block is fitted")
 
     seed: int = Field(0, ge=0)

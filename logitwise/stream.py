@@ -35,13 +35,14 @@ class Step:
     Args:
         blocks: its blocks.
         objective: what it is fitted by.
-        steps, train: how long, on how many rows.
+        steps, batch, train: how long, how many rows a step, on how many rows.
         key: names its result in the run folder.
     """
 
     blocks: range
     objective: str
     steps: int
+    batch: int
     train: int
     key: str
 
@@ -70,7 +71,6 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
         method=recipe.method,
         start=recipe.start,
         learning=learning,
-        batch=recipe.batch,
         checks=recipe.checks,
         seed=recipe.seed,
         keep=recipe.keep,
@@ -78,11 +78,12 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
     )
 
     def step(blocks: range, objective: str, previous: str) -> Step:
-        final = blocks[0] >= fork
-        steps = recipe.steps_last if final and recipe.steps_last is not None else recipe.steps
-        train = recipe.rows_last if final and recipe.rows_last is not None else recipe.rows
-        own = dict(blocks=[blocks[0], blocks[-1]], objective=objective, steps=steps, train=train)
-        return Step(blocks, objective, steps, train, chain(previous, **common, **own))
+        last = blocks[0] >= fork
+        length = recipe.steps_last if last and recipe.steps_last is not None else recipe.steps
+        batch = (last and recipe.batch_last) or recipe.batch
+        train = (last and recipe.rows_last) or recipe.rows
+        own = dict(blocks=[blocks[0], blocks[-1]], objective=objective, steps=length, batch=batch, rows=train)
+        return Step(blocks, objective, length, batch, train, chain(previous, **common, **own))
 
     steps: list[Step] = []
     for block in range(depth):
@@ -163,7 +164,7 @@ class Walk:
             return {s: self.folder.load(step.key, recipe.grid, s.name).to(device) for s in window.slots}
         data = Data(student, teacher, self.rows.weights.to(device), step.train, self.held_out)
         seed = int(hashlib.sha256(f"{recipe.seed} {step.blocks} {step.objective}".encode()).hexdigest()[:15], 16)
-        schedule = Schedule(step.steps, recipe.batch, recipe.checks, recipe.learning_of, seed)
+        schedule = Schedule(step.steps, step.batch, recipe.checks, recipe.learning_of, seed)
         quantizers = window.quantizers(QUANTIZERS[recipe.method], recipe.grid, STARTS[recipe.start])
         objective = OBJECTIVES[step.objective]
         began = time.monotonic()
@@ -185,7 +186,7 @@ class Walk:
         return fitted.quantized
 
     def _cost_of_a_step(self, step: Step) -> float:
-        return self.recipe.batch * 3e-6 * self._parameters(step)
+        return step.batch * 3e-6 * self._parameters(step)
 
     def _parameters(self, step: Step) -> int:
         """Weights that a token of this step meets, the head included where it is read."""

@@ -259,7 +259,9 @@ def test_rows_given_in_python_are_used(folder: Path, tmp_path: Path) -> None:
     assert result.report["calibration"] == {"rows": 8, "held_out_rows": 4, "counted_tokens": 128}
 
 
-def test_without_held_out_rows_the_last_iterate_is_kept_and_that_is_said(folder: Path, text: Path, tmp_path: Path) -> None:
+def test_without_held_out_rows_the_last_iterate_is_kept_and_that_is_said(
+    folder: Path, text: Path, tmp_path: Path
+) -> None:
     listener = Listener()
     result = logitwise.quantize(folder, tmp_path / "out", recipe(text, held_out=0), watcher=listener)
     assert result.held_out_kl == {}

@@ -83,9 +83,7 @@ def likelihood(model: Outputs, reference: Outputs, rows: Rows) -> Likelihood:
     return summarise(found, counted.nonzero()[:, 0], rows.weights[counted].double())
 
 
-def summarise(
-    found: Comparison, row: Tensor, weights: Float[Tensor, "tokens"]
-) -> Likelihood:
+def summarise(found: Comparison, row: Tensor, weights: Float[Tensor, "tokens"]) -> Likelihood:
     """Weighted means over tokens, with the standard error of rows as the units that were sampled.
 
     Args:

@@ -104,7 +104,8 @@ class _Lines(Stage):
         if now - self.spoke > 60 and 0 < units < self.total:
             left = (now - self.began) * (self.total - units) / units
             self.console.print(
-                f"{self.title}: {100 * units / self.total:.0f} %, {_clock(left)} left {detail}".rstrip(), highlight=False
+                f"{self.title}: {100 * units / self.total:.0f} %, {_clock(left)} left {detail}".rstrip(),
+                highlight=False,
             )
             self.spoke = now
 

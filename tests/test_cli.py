@@ -1,0 +1,138 @@
+"""The command line as a user meets it: exit codes, one message, the README's commands at toy size."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from source_files import llama_config, random_model, save
+
+from logitwise.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and a text."""
+    place = tmp_path_factory.mktemp("place")
+    model = random_model(llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=256))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    save(model, place / "model")
+    (place / "text.txt").write_text("the hen met the man and the ant ate a net.\n\n" * 80, encoding="utf-8")
+    return place
+
+
+def logitwise(place: Path, *words: str, **more: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", "logitwise", *words], cwd=place, capture_output=True, text=True, env=environment, **more
+    )
+
+
+SMALL = ["--bits", "3", "--group-size", "16", "--rows", "12", "--row-tokens", "32", "--held-out", "4", "--steps", "4"]
+
+
+def test_quantize_evaluate_inspect(place: Path) -> None:
+    made = logitwise(place, "quantize", "model", "out", *SMALL, "--calibration", "text:text.txt", "--set", "checks=2")
+    assert made.returncode == 0, made.stderr
+    assert "out:" in made.stdout
+    assert 'from_pretrained("out")' in made.stdout
+    assert "held-out KL" in made.stdout
+    assert "Fitting blocks" in made.stderr
+    assert "Traceback" not in made.stderr
+    words = ["evaluate", "out", "--reference", "model", "--text", "text.txt", "--row-tokens", "32", "--rows", "8"]
+    measured = logitwise(place, *words, "--json", "figures.json", "-q")
+    assert measured.returncode == 0, measured.stderr
+    assert measured.stderr == ""
+    figures = json.loads((place / "figures.json").read_text("utf-8"))
+    assert figures["kl"]["mean"] > 0
+    assert figures["kl"]["standard_error"] > 0
+    assert figures["tokens"] == 8 * 32 - 8 or figures["tokens"] <= 8 * 32
+    assert figures["bits_per_weight"] == pytest.approx(3 + 19 / 16)
+    assert set(figures) >= {"perplexity", "kl", "top1", "tokens", "bits_per_weight", "bits_per_parameter", "size_bytes"}
+    inspected = logitwise(place, "inspect", "out", "-v")
+    assert inspected.returncode == 0, inspected.stderr
+    assert "3 bits, groups of 16, asymmetric, float16 scales" in inspected.stdout
+    assert "14 tensors quantized" in inspected.stdout
+    assert "model.layers.1.mlp.down_proj.weight" in inspected.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["quantize", "nowhere/at/all", "x"], "does not exist"),
+        (["quantize", "model", "model"], "already exists"),
+        (["quantize", "model", "x", "--bits", "9"], "bits = 9 is not possible"),
+        (["quantize", "model", "x", "--group-size", "25"], "do not divide|inputs"),
+        (["quantize", "model", "x", "--set", "stepps=3"], "did you mean steps"),
+        (["quantize", "model", "x", "--recipe", "standart"], "did you mean standard"),
+        (["quantize", "model", "x", "--per-channel", "--group-size", "16"], "exclude each other"),
+        (["quantize", "model", "x", "--calibration", "text:none.txt"], "none.txt"),
+        (["quantize", "model", "x", "--stepz", "3"], "stepz"),
+        (["evaluate", "model"], "no text to evaluate on"),
+        (["inspect", "nothing/here/now"], "does not exist"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(place: Path, words: list[str], what: str) -> None:
+    before = sorted(place.iterdir())
+    done = logitwise(place, *words)
+    assert done.returncode == 2, done.stderr
+    assert re.search(what, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "do:" in done.stderr
+    assert done.stdout == ""
+    assert sorted(place.iterdir()) == before
+
+
+def test_an_interrupted_run_leaves_no_output_and_goes_on(place: Path) -> None:
+    words = [sys.executable, "-m", "logitwise", "quantize", "model", "cut", *SMALL, "--steps", "4000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [*words, "--calibration", "text:text.txt"], cwd=place, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    run = place / "cut.run"
+    for _ in range(600):
+        if run.exists() and list(run.glob("*.json")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert not (place / "cut").exists()
+    assert not list(place.glob("cut.tmp*"))
+    assert run.exists()
+
+
+def test_the_readme_shows_commands_that_exist() -> None:
+    """Every `logitwise` command of the README parses: its options are those of the command line."""
+    from typer.main import get_command
+
+    from logitwise.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    lines = re.findall(r"^logitwise (\w+)(.*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert {name for name, _ in lines} >= {"quantize", "evaluate", "inspect"}
+    for name, rest in lines:
+        known = {option for parameter in commands[name].params for option in parameter.opts + parameter.secondary_opts}
+        assert set(re.findall(r"(?<!\S)--?[a-z-]+", rest)) <= known, rest
+
+
+def test_every_option_of_quantize_is_a_recipe_key_or_a_matter_of_the_run() -> None:
+    from typer.main import get_command
+
+    from logitwise.cli import app
+
+    names = {parameter.name for parameter in get_command(app).commands["quantize"].params}  # type: ignore[attr-defined]
+    run = {"model", "out", "per_channel", "recipe", "settings", "revision", "overwrite", "fresh", "keep_run", "strict"}
+    assert names - run - {"quiet", "verbose", "log"} <= set(Recipe.model_fields)

@@ -1,0 +1,60 @@
+"""Peak memory stays under the largest window's working set, the streams and a fixed part, whatever the depth."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from source_files import llama_config, random_model, save
+
+MEASURE = """
+import json, resource, sys, torch
+import logitwise
+torch.set_num_threads(1)
+recipe = logitwise.Recipe.load(None, bits=3, group_size=64, rows=8, held_out=4, row_tokens=64, steps=2, batch=4, checks=1,
+                               calibration="text:" + sys.argv[3])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+logitwise.quantize(sys.argv[1], sys.argv[2], recipe)
+print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+WIDTH, INNER = 512, 1536
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the hen met the man and the ant ate a net.\n\n" * 100, encoding="utf-8")
+    return path
+
+
+def peak(tmp_path: Path, text: Path, depth: int) -> tuple[int, int, int]:
+    """Bytes before and at the peak of a run in a process of its own, and bytes of one block in float32."""
+    config = llama_config(
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=depth,
+        head_dim=128,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+    )
+    model = random_model(config)
+    folder = save(model, tmp_path / f"deep{depth}", shard_size="20MB")
+    block = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
+    del model
+    command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path / f"out{depth}"), str(text)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, after = json.loads(done.stdout.splitlines()[-1])
+    return before, after, block
+
+
+def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, text: Path) -> None:
+    before, shallow, block = peak(tmp_path, text, 4)
+    _, deep, _ = peak(tmp_path, text, 16)
+    streams = 2 * 12 * 64 * WIDTH * 4
+    # One window: the weight, two copies' worth of parameters, their gradients, two moments each and what autograd holds.
+    working_set = 16 * block + streams
+    assert deep - before < working_set + 200 * 2**20
+    assert deep < working_set + int(1.5 * 2**30)
+    # Twelve more blocks weigh 12 `block`; less than one of them may show.
+    assert deep - shallow < block
