@@ -1,8 +1,6 @@
 """The command line: one function a command, each a call of one public function."""
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from logitwise.errors import LogitwiseError, MachineError, RecipeError, UnmetError
+from logitwise.errors import LogitwiseError, RecipeError, UnmetError
 from logitwise.recipe import PRESETS, Recipe, parse_settings
 
 app = typer.Typer(
@@ -20,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Low-bit quantization of language models that looks at the token probabilities (LFQ).",
 )
+
+INTERRUPTED = 130
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no remarks.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")]
@@ -179,39 +180,38 @@ def _watching(quiet: bool, verbose: bool, log: Path | None) -> Iterator[Any]:
 
     import transformers
 
-    from logitwise.report.terminal import TerminalWatcher
+    from logitwise.report.terminal import TerminalWatcher, Together
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not verbose:
         warnings.simplefilter("ignore")
+    terminal = TerminalWatcher(Console(stderr=True), quiet)
     if log is None:
-        yield TerminalWatcher(Console(stderr=True), quiet, verbose)
+        yield terminal
         return
     with log.open("w", encoding="utf-8") as file:
-        yield TerminalWatcher(Console(file=file, width=120), quiet, verbose)
+        yield Together(terminal, TerminalWatcher(Console(file=file, width=120)))
 
 
 def main() -> None:
     """The command `logitwise`: exit codes 0 done, 1 the machine failed, 2 refused, 3 not met, 130 interrupted."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0
     except LogitwiseError as error:
-        console.print(f"[bold red]logitwise:[/] {error}", highlight=False, soft_wrap=True)
-        raise SystemExit(error.exit_code) from None
-    except typer.Exit as error:
-        raise SystemExit(error.exit_code) from None
+        console.print(f"[bold red]logitwise:[/] {escape(str(error))}")
+        code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        console.print("[bold]logitwise:[/] interrupted; the same command goes on from the last finished window")
-        raise SystemExit(130) from None
+        code = INTERRUPTED
     except Exception as error:
-        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # a mistake in the words of the command
-            console.print(
-                f"[bold red]logitwise:[/] {error.format_message()}\n  do:   logitwise --help", highlight=False
-            )
-            raise SystemExit(2) from None
-        raise
+        if not hasattr(error, "format_message"):
+            raise
+        console.print(f"[bold red]logitwise:[/] {escape(error.format_message())}\n  do:   logitwise --help")
+        code = 2  # a mistake in the words of the command
+    if code == INTERRUPTED:
+        console.print("[bold]logitwise:[/] interrupted; the same command goes on from the last finished window")
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

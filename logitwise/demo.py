@@ -64,13 +64,15 @@ def demo(folder: str | Path = "demo", watcher: Watcher = SILENT) -> Demo:
     folder, model, recipe = Path(folder), smollm2(), Recipe.load("demo")
     run = folder / "run"
 
-    def make(name: str, recipe: Recipe) -> Result:
+    def make(name: str, recipe: Recipe, watcher: Watcher = SILENT) -> Result:
         return quantize(model, folder / name, recipe, overwrite=True, run_folder=run, keep_run=True, watcher=watcher)
 
-    result = make("lfq", recipe)
-    quiet = SILENT  # what follows shares the blocks that are finished
-    quantize(model, folder / "mse", recipe.but(objective="mse"), overwrite=True, run_folder=run, keep_run=True)
-    quantize(model, folder / "rtn", recipe.but(method="rtn"), overwrite=True, run_folder=run, keep_run=True)
+    result = make("lfq", recipe, watcher)
+    with watcher.stage("Writing MSE and RTN", 2) as stage:
+        make("mse", recipe.but(objective="mse"))
+        stage.advance()
+        make("rtn", recipe.but(method="rtn"))
+        stage.advance()
     original = open_source(model)
     names = {"full precision": original} | {
         name: open_source(folder / path) for name, path in {"RTN": "rtn", "MSE": "mse", "LFQ": "lfq"}.items()

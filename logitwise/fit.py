@@ -128,7 +128,7 @@ def fit(
 
     Errors: MachineError, naming the layer, where a parameter stops being a number.
     """
-    optimizers, schedulers = _optimizers(quantizers.values(), schedule)
+    optimizers = _optimizers(quantizers.values(), schedule)
     order = _row_order(data.train, schedule)
     checks = {round(schedule.steps * (i + 1) / schedule.checks) for i in range(schedule.checks)} | {0}
     losses: list[Tensor] = []
@@ -149,11 +149,11 @@ def fit(
         student = window.forward(data.inputs[rows], weights_of(quantizers, step / schedule.steps))
         loss = objective.loss(student, data.targets[rows], data.weights[rows], head)
         loss.backward()
-        for optimizer in optimizers:
+        for optimizer, learning in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(learning, step, schedule.steps)
             optimizer.step()
             optimizer.zero_grad()
-        for scheduler in schedulers:
-            scheduler.step()
         for quantizer in quantizers.values():
             quantizer.after_step()
         losses.append(loss.detach())
@@ -196,7 +196,7 @@ def measure(
 class SignSGD(torch.optim.Optimizer):
     """p <- p - rate * sign(gradient), as SignRound is published."""
 
-    def __init__(self, params: Iterable[dict[str, object]]) -> None:
+    def __init__(self, params: Iterable[dict[str, list[nn.Parameter]]]) -> None:
         super().__init__(params, {"lr": 0.0})
 
     @torch.no_grad()
@@ -207,31 +207,30 @@ class SignSGD(torch.optim.Optimizer):
                 parameter.sub_(parameter.grad.sign() + 0 * parameter.grad, alpha=group["lr"])
 
 
-def _optimizers(
-    quantizers: Iterable[Quantizer], schedule: Schedule
-) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
+def _optimizers(quantizers: Iterable[Quantizer], schedule: Schedule) -> list[tuple[torch.optim.Optimizer, Learning]]:
+    """An optimiser for each role. torch's schedulers are not used: they and their optimiser hold each other, so that a
+    window's parameters would stay in memory until Python looks for cycles.
+    """
     by_role: dict[Role, list[nn.Parameter]] = {}
     for quantizer in quantizers:
         for role, parameters in quantizer.groups().items():
             by_role.setdefault(role, []).extend(parameters)
-    optimizers: list[torch.optim.Optimizer] = []
-    schedulers: list[torch.optim.lr_scheduler.LRScheduler] = []
-    steps = max(1, schedule.steps)
+    found: list[tuple[torch.optim.Optimizer, Learning]] = []
     for role, parameters in by_role.items():
         learning = schedule.learning(role)
-        rate = learning.rate / (steps if learning.per == "fit" else 1)
-        group = [{"params": parameters, "lr": rate}]
-        optimizer = SignSGD(group) if learning.optimizer == "sign_sgd" else torch.optim.Adam(group, fused=True)
-        optimizers.append(optimizer)
-        schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, _shape(learning, steps)))
-    return optimizers, schedulers
+        group = [{"params": parameters}]
+        found.append(
+            (SignSGD(group) if learning.optimizer == "sign_sgd" else torch.optim.Adam(group, fused=True), learning)
+        )
+    return found
 
 
-def _shape(learning: Learning, steps: int) -> Callable[[int], float]:
-    """The share of the rate that each step has."""
+def rate_at(learning: Learning, step: int, steps: int) -> float:
+    """The learning rate of a step, the first being step 0."""
+    rate = learning.rate / (steps if learning.per == "fit" else 1)
     if learning.schedule == "cosine":
-        return lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
-    return lambda step: 1 - step / steps
+        return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return rate * (1 - step / steps)
 
 
 def _row_order(rows: int, schedule: Schedule) -> Iterator[Tensor]:

@@ -54,9 +54,13 @@ def repeatable() -> Iterator[None]:
     """Inside this context the same seed gives the same bits; the caller's random state is left as it was."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     with torch.random.fork_rng():
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Filling every new tensor would make the model's empty parameters real memory.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         try:
             yield
         finally:
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

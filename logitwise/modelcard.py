@@ -12,7 +12,7 @@ def model_card(report: dict[str, Any]) -> str:
     kind = "symmetric" if recipe["symmetric"] else "asymmetric"
     kl = "".join(f"| {objective} | {value:.4f} |\n" for objective, value in report["held_out_kl"].items())
     measured = (
-        f"\nKL to the original on held-out rows, nats a token:\n\n| final blocks fitted by | KL |\n|---|---|\n{kl}"
+        "\nKL to the original on held-out rows, nats a token:\n\n| final blocks fitted by | KL |\n|---|---|\n" + kl
         if kl
         else ""
     )
@@ -25,8 +25,9 @@ tags: [logitwise, quantized]
 # {name}, {grid}
 
 The linear layers of [{name}] quantized to {grid}, {kind}, by
-[logitwise](https://pypi.org/project/logitwise/) {report["versions"]["logitwise"]} with {recipe["method"]}; the final blocks were fitted by
-{report["fitted_by"]}. {report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.
+[logitwise](https://pypi.org/project/logitwise/) {report["versions"]["logitwise"]} with {recipe["method"]}.
+The final blocks were fitted by {report["fitted_by"]}.
+{report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.
 {measured}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -56,7 +56,8 @@ class RunFolder:
     def load(self, key: str, grid: Grid, name: str) -> Quantized:
         """One slot of a finished window."""
         with safe_open(self.path / f"{key}.safetensors", framework="pt") as file:
-            codes, scale, zero = (file.get_tensor(f"{name}:{part}") for part in ("codes", "scale", "zero"))
+            # Copies: a tensor that is kept would keep the whole file mapped.
+            codes, scale, zero = (file.get_tensor(f"{name}:{part}").clone() for part in ("codes", "scale", "zero"))
         return Quantized(codes, scale, zero, grid)
 
     def save_rows(self, key: str, rows: Rows, held_out: Rows, record: dict[str, Any]) -> None:

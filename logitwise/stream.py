@@ -5,6 +5,7 @@ came through the blocks already quantized. Every block is fitted by mean squared
 then fitted again, together, by the objective, from the student's inputs of that place (the fork).
 """
 
+import gc
 import hashlib
 import time
 from collections.abc import Callable
@@ -183,6 +184,8 @@ class Walk:
             record["held_out_kl"] = measure(window, weights, OBJECTIVES["lfq"], head, data, recipe.batch)
         self.folder.save(step.key, {slot.name: q for slot, q in fitted.quantized.items()}, record)
         stage.advance(self._cost(step) - step.steps * per_step)
+        # What a fit leaves behind holds itself in cycles; a window's parameters must not wait for Python to look.
+        gc.collect()
         return fitted.quantized
 
     def _cost_of_a_step(self, step: Step) -> float:

@@ -97,7 +97,13 @@ def test_an_interrupted_run_leaves_no_output_and_goes_on(place: Path) -> None:
     words = [sys.executable, "-m", "logitwise", "quantize", "model", "cut", *SMALL, "--steps", "4000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [*words, "--calibration", "text:text.txt"], cwd=place, stderr=subprocess.PIPE, text=True, env=environment
+        [*words, "--calibration", "text:text.txt"],
+        cwd=place,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # Where the tests run in the background, the interrupt is ignored and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     run = place / "cut.run"
     for _ in range(600):
@@ -121,7 +127,8 @@ def test_the_readme_shows_commands_that_exist() -> None:
     from logitwise.cli import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    lines = re.findall(r"^logitwise (\w+)(.*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    code = "\n".join((ROOT / "README.md").read_text("utf-8").split("```")[1::2])
+    lines = re.findall(r"^logitwise (\w+)(.*)$", code, re.M)
     assert {name for name, _ in lines} >= {"quantize", "evaluate", "inspect"}
     for name, rest in lines:
         known = {option for parameter in commands[name].params for option in parameter.opts + parameter.secondary_opts}

@@ -190,6 +190,8 @@ def test_the_same_seed_gives_the_same_bytes_and_leaves_the_random_state(
     assert one == two
     assert one != other
     assert torch.equal(before, torch.get_rng_state())
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
 def test_a_run_that_stopped_goes_on_and_gives_the_same_bytes(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from logitwise.errors import MachineError, OutputError
 
 
-def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 1 << 30) -> int:
+def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 1 << 29) -> int:
     """Writes tensors as they come, holding one shard in memory, under the names that transformers looks for.
 
     Args:

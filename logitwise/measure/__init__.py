@@ -1,0 +1,1 @@
+"""Metrics: what a quantized model's token probabilities are worth."""

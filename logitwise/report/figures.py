@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 
 from logitwise.demo import Demo
 from logitwise.evaluation import Contents, Evaluation, Size
@@ -9,8 +10,11 @@ from logitwise.measure.likelihood import Figure, Likelihood
 from logitwise.pipeline import Result
 from logitwise.report.terminal import table
 
-SIZE_COLUMNS = ("size", "bits/weight", "bits/param")
-FIGURE_COLUMNS = ("perplexity", "KL", "top-1")
+COLUMNS = ("model", "MB", "bits/w", "bits/p", "perplexity", "KL", "top-1")
+KEY = (
+    "bits/w: a quantized weight, scales and zeros included; bits/p: the whole file; "
+    "KL: to {}, nats a token; ± one standard error over rows"
+)
 
 
 def show_result(console: Console, result: Result) -> None:
@@ -29,12 +33,10 @@ def show_result(console: Console, result: Result) -> None:
 
 def show_evaluation(console: Console, name: str, found: Evaluation) -> None:
     """The figures of `evaluate`."""
-    table(console, ("model", *SIZE_COLUMNS, *FIGURE_COLUMNS), [[name, *_size(found.size), *_figures(found.likelihood)]])
+    table(console, COLUMNS, [[name, *_size(found.size), *_figures(found.likelihood)]])
     where = found.conditions
-    console.print(
-        f"{found.likelihood.tokens:,} tokens in {where['rows']} rows of {where['row_tokens']}, against "
-        f"{escape(str(where['reference']))}; KL in nats a token; ± one standard error over rows"
-    )
+    rows = f"{found.likelihood.tokens:,} tokens in {where['rows']} rows of {where['row_tokens']}"
+    console.print(f"{rows}; {KEY.format(escape(str(where['reference'])))}", style="dim", highlight=False)
 
 
 def show_contents(console: Console, found: Contents, every: bool) -> None:
@@ -58,18 +60,17 @@ def show_contents(console: Console, found: Contents, every: bool) -> None:
 
 def show_demo(console: Console, found: Demo) -> None:
     """The table of the demo, an answer of each model, and how to load the result."""
-    console.print()
     rows = [[entry.name, *_size(entry.size), *_figures(entry.likelihood)] for entry in found.entries]
-    rows[0][1] = f"{_megabytes(2 * found.result.report['parameters'])} (bf16)"
-    rows[0][3] = "16.00"
-    title = "SmolLM2-135M-Instruct at 3 bits, measured on answers it was not calibrated on"
-    table(console, ("model", *SIZE_COLUMNS, *FIGURE_COLUMNS), rows, title)
-    tokens = found.entries[0].likelihood.tokens
-    console.print(
-        f"[dim]{tokens:,} tokens; KL to full precision in nats a token, ± one standard error over rows; "
-        f"all but the last block are the same in MSE and LFQ[/]\n"
-    )
-    table(console, (found.prompt, ""), [[entry.name, entry.answer] for entry in found.entries])
+    bf16 = 2 * found.result.report["parameters"]
+    rows[0][1:4] = [f"{bf16 / 1e6:.1f}", "16.00", "16.00"]  # as bfloat16, in which such models are shipped
+    console.print()
+    table(console, COLUMNS, rows, "SmolLM2-135M-Instruct at 3 bits, on answers that it was not calibrated on")
+    tokens = f"{found.entries[0].likelihood.tokens:,} tokens"
+    shared = "MSE and LFQ differ in the last block alone"
+    console.print(f"{tokens}; {KEY.format('full precision')}; {shared}", style="dim", highlight=False)
+    console.print(f"\n[bold]{escape(found.prompt)}[/]")
+    for entry in found.entries:
+        console.print(Padding(f"[bold]{entry.name}[/]: {escape(' '.join(entry.answer.split()))} ...", (0, 0, 0, 2)))
     _show_loading(console, found.result)
 
 
@@ -90,11 +91,11 @@ def _megabytes(size: float) -> str:
 
 def _size(size: Size) -> list[str]:
     bits = "-" if size.bits_per_weight is None else f"{size.bits_per_weight:.2f}"
-    return [_megabytes(size.size_bytes), bits, f"{size.bits_per_parameter:.2f}"]
+    return [f"{size.size_bytes / 1e6:.1f}", bits, f"{size.bits_per_parameter:.2f}"]
 
 
 def _figures(found: Likelihood) -> list[str]:
     def with_error(figure: Figure, digits: int) -> str:
-        return f"{figure.mean:.{digits}f} ± {figure.error:.{digits}f}"
+        return f"{figure.mean:.{digits}f}±{figure.error:.{digits}f}"
 
-    return [with_error(found.perplexity, 2), with_error(found.kl, 4), with_error(found.top1, 3)]
+    return [with_error(found.perplexity, 1), with_error(found.kl, 3), with_error(found.top1, 3)]

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -37,8 +38,9 @@ class _Bar(Stage):
         self.progress, self.task = progress, progress.add_task(title, total=total, detail="")
 
     def advance(self, units: float = 1, detail: str = "") -> None:
-        changes = {"detail": escape(detail)} if detail else {}
-        self.progress.update(self.task, advance=units, **changes)
+        self.progress.update(self.task, advance=units)
+        if detail:
+            self.progress.update(self.task, detail=escape(detail))
 
     def reach(self, units: float) -> None:
         self.progress.update(self.task, completed=units)
@@ -54,11 +56,10 @@ class TerminalWatcher(Watcher):
     Args:
         console: where to.
         quiet: show neither.
-        verbose: show every sentence, not only those that ask for attention.
     """
 
-    def __init__(self, console: Console, quiet: bool = False, verbose: bool = False) -> None:
-        self.console, self.quiet, self.verbose = console, quiet, verbose
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
 
     @contextmanager
     def stage(self, title: str, total: float) -> Iterator[Stage]:
@@ -110,9 +111,38 @@ class _Lines(Stage):
             self.spoke = now
 
 
+class _Both(Stage):
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = stages
+
+    def advance(self, units: float = 1, detail: str = "") -> None:
+        for stage in self.stages:
+            stage.advance(units, detail)
+
+    def reach(self, units: float) -> None:
+        for stage in self.stages:
+            stage.reach(units)
+
+
+class Together(Watcher):
+    """Several watchers of one run: the terminal and a log file."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self.watchers = watchers
+
+    @contextmanager
+    def stage(self, title: str, total: float) -> Iterator[Stage]:
+        with ExitStack() as stack:
+            yield _Both([stack.enter_context(watcher.stage(title, total)) for watcher in self.watchers])
+
+    def say(self, sentence: str) -> None:
+        for watcher in self.watchers:
+            watcher.say(sentence)
+
+
 def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Prints rows under columns; the first column to the left, numbers to the right."""
-    drawn = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
+    """Prints rows under columns; the first column to the left, the others to the right."""
+    drawn = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1))
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
