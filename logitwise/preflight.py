@@ -18,6 +18,7 @@ from logitwise.recipe import Choice, Recipe
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedFolder, check_tokenizer, check_weights, open_source
 from logitwise.source.base import Source
+from logitwise.stream import roles_of
 from logitwise.watch import Watcher
 
 
@@ -62,6 +63,7 @@ def check(
     """
     check_output(out, overwrite)
     _check_names(recipe)
+    _check_roles(recipe)
     form, why = choose(recipe.grid) if recipe.format == "auto" else (FORMATS[recipe.format], "as asked")
     reason = form.holds(recipe.grid)
     if reason is not None:
@@ -105,6 +107,17 @@ def _check_names(recipe: Recipe) -> None:
         if value not in known:
             raise RecipeError(
                 f"{key} {value} is not known", f"it is none of {', '.join(known)}", f"choose one of them as --{key}"
+            )
+
+
+def _check_roles(recipe: Recipe) -> None:
+    roles = roles_of(recipe)
+    for role in recipe.learning or {}:
+        if role not in roles:
+            raise RecipeError(
+                f"[learning.{role}] is not read",
+                f"{recipe.method} learns {', '.join(roles) or 'nothing'}",
+                "name one of these roles, or remove it",
             )
 
 

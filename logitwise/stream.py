@@ -66,7 +66,7 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
             f"choose 1 to {depth}",
         )
     fork = depth - recipe.final_blocks
-    learning = {role: vars(recipe.learning_of(role)) for role in _roles(recipe)}
+    learning = {role: vars(recipe.learning_of(role)) for role in roles_of(recipe)}
     common = dict(
         grid=vars(recipe.grid),
         method=recipe.method,
@@ -94,7 +94,7 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
     return steps
 
 
-def _roles(recipe: Recipe) -> list[str]:
+def roles_of(recipe: Recipe) -> list[str]:
     """The roles of the method's parameters, read off a weight of one group."""
     method = QUANTIZERS[recipe.method]
     sample = method.start(torch.tensor([[-1.0, 1.0] * 4]), replace(recipe.grid, group_size=None), STARTS["minmax"])

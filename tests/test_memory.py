@@ -18,7 +18,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 logitwise.quantize(sys.argv[1], sys.argv[2], recipe)
 print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
 """
-WIDTH, INNER = 512, 1536
+WIDTH, INNER = 384, 1024
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def peak(tmp_path: Path, text: Path, depth: int) -> tuple[int, int, int]:
         hidden_size=WIDTH,
         intermediate_size=INNER,
         num_hidden_layers=depth,
-        head_dim=128,
+        head_dim=96,
         num_key_value_heads=4,
         max_position_embeddings=128,
     )
@@ -49,12 +49,12 @@ def peak(tmp_path: Path, text: Path, depth: int) -> tuple[int, int, int]:
 
 
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, text: Path) -> None:
-    before, shallow, block = peak(tmp_path, text, 4)
-    _, deep, _ = peak(tmp_path, text, 28)
+    before, shallow, block = peak(tmp_path, text, 3)
+    _, deep, _ = peak(tmp_path, text, 23)
     streams = 2 * 12 * 64 * WIDTH * 4
     # One window: the weight, parameters of twice its size, their gradients and moments, and what autograd holds.
     working_set = 16 * block + streams
     assert deep - before < working_set + 200 * 2**20
     assert deep < working_set + int(1.5 * 2**30)
-    # The allocator's own ups and downs are tens of MiB; 24 more blocks weigh 312 MiB.
-    assert deep - shallow < 24 * block * 0.4
+    # Twenty more blocks weigh 20 `block`; the allocator's own ups and downs are tens of MiB.
+    assert deep - shallow < 20 * block * 0.5

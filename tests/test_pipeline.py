@@ -291,6 +291,8 @@ def test_what_is_refused_before_any_work(folder: Path, text: Path, tmp_path: Pat
     refused(InputError, "nothing is left", folder, out, good.but(keep=("proj",)), out=out)
     refused(InputError, "missing.txt", folder, out, good.but(calibration=f"text:{tmp_path}/missing.txt"), out=out)
     refused(InputError, "device", folder, out, good.but(device="nowhere"), out=out)
+    typo = {"rouding": {"optimizer": "adam", "rate": 1e-3, "schedule": "cosine"}}
+    refused(InputError, r"learning\.rouding.*", folder, out, good.but(learning=typo), out=out)
     short = tmp_path / "short.txt"
     short.write_text("too short", encoding="utf-8")
     refused(InputError, "too few", folder, out, good.but(calibration=f"text:{short}"), out=out)
