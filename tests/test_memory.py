@@ -9,14 +9,19 @@ import pytest
 from source_files import llama_config, random_model, save
 
 MEASURE = """
-import json, resource, sys, torch
+import json, sys, torch
 import logitwise
 torch.set_num_threads(1)
+
+def peak():  # ru_maxrss would count what the process that started this one had in memory
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
 settings = dict(bits=3, group_size=64, rows=8, held_out=4, row_tokens=64, steps=1, batch=4, checks=1)
 recipe = logitwise.Recipe.load(None, **settings, calibration="text:" + sys.argv[3])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
 logitwise.quantize(sys.argv[1], sys.argv[2], recipe)
-print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([before, peak()]))
 """
 WIDTH, INNER = 384, 1024
 
@@ -48,6 +53,7 @@ def peak(tmp_path: Path, text: Path, depth: int) -> tuple[int, int, int]:
     return before, after, block
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, text: Path) -> None:
     before, shallow, block = peak(tmp_path, text, 3)
     _, deep, _ = peak(tmp_path, text, 23)
@@ -57,4 +63,4 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, text: Path) -> Non
     assert deep - before < working_set + 200 * 2**20
     assert deep < working_set + int(1.5 * 2**30)
     # Twenty more blocks weigh 20 `block`; the allocator's own ups and downs are tens of MiB.
-    assert deep - shallow < 20 * block * 0.5
+    assert deep - shallow < 20 * block * 0.25
