@@ -34,7 +34,7 @@ def signround(rate: float, **more: object) -> dict[str, object]:
 
 
 VARIANTS = {
-    "rtn": {"method": "rtn"},
+    "rtn": {"method": "rtn", "learning": None},
     **{f"flexround {rate:g}": flexround(rate) for rate in (4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2)},
     **{f"signround {rate:g}": signround(rate) for rate in (0.5, 0.7, 1.0, 1.4, 2.0)},
     "signround 1, last 40 of 4": signround(1.0, steps_last=40, batch_last=4),

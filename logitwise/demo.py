@@ -71,7 +71,7 @@ def demo(folder: str | Path = "demo", watcher: Watcher = SILENT) -> Demo:
     with watcher.stage("Writing MSE and RTN", 2) as stage:
         make("mse", recipe.but(objective="mse"))
         stage.advance()
-        make("rtn", recipe.but(method="rtn"))
+        make("rtn", recipe.but(method="rtn", learning=None))
         stage.advance()
     original = open_source(model)
     names = {"full precision": original} | {
