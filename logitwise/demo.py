@@ -44,7 +44,7 @@ class Demo:
     """What the demo found.
 
     Args:
-        entries: full precision, RTN, MSE, LFQ.
+        entries: the original, RTN, MSE, LFQ.
         prompt: what each of them answered.
         result: of the LFQ run.
     """
@@ -74,7 +74,7 @@ def demo(folder: str | Path = "demo", watcher: Watcher = SILENT) -> Demo:
         make("rtn", recipe.but(method="rtn", learning=None))
         stage.advance()
     original = open_source(model)
-    names = {"full precision": original} | {
+    names = {"original": original} | {
         name: open_source(folder / path) for name, path in {"RTN": "rtn", "MSE": "mse", "LFQ": "lfq"}.items()
     }
     rows = unseen_rows(original, recipe, RunFolder(run), watcher)
