@@ -166,8 +166,9 @@ def inspect(model: str | Path) -> Contents:
 
 
 def _check_pair(model: Source, reference: Source) -> None:
+    present = set(model.names())
     for name in reference.names():
-        if model.shape(name) != reference.shape(name) if name in set(model.names()) else True:
+        if name not in present or model.shape(name) != reference.shape(name):
             raise SourceError(
                 f"{model.name} is not a version of {reference.name}",
                 f"{name} is missing or has another shape",
