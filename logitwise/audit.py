@@ -14,7 +14,7 @@ class Fate:
     """What became of one tensor of the input."""
 
     tensor: str
-    fate: Literal["quantized", "kept"]
+    fate: Literal["quantized", "kept", "dropped"]
     why: str
 
 
@@ -25,7 +25,7 @@ def keeper(patterns: Iterable[str]) -> Callable[[Slot], bool]:
 
 
 def audit(source: Source, slots: list[Slot], kept: Callable[[Slot], bool]) -> list[Fate]:
-    """The fate of every tensor, in the order of the input."""
+    """The fate of every tensor: those of the model in the order of the input, then those it has no place for."""
     by_name = {slot.name: slot for slot in slots}
     fates: list[Fate] = []
     for name in source.names():
@@ -36,4 +36,4 @@ def audit(source: Source, slots: list[Slot], kept: Callable[[Slot], bool]) -> li
             fates.append(Fate(name, "kept", "--keep"))
         else:
             fates.append(Fate(name, "quantized", ""))
-    return fates
+    return fates + [Fate(name, "dropped", "the model has no place for it") for name in source.unused]

@@ -23,7 +23,7 @@ app = typer.Typer(
 INTERRUPTED = 130
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no remarks.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also what each step came to.")]
 Log = Annotated[Path | None, typer.Option("--log", help="Also write progress and remarks to this file.")]
 
 
@@ -186,12 +186,12 @@ def _watching(quiet: bool, verbose: bool, log: Path | None) -> Iterator[Any]:
     transformers.utils.logging.disable_progress_bar()
     if not verbose:
         warnings.simplefilter("ignore")
-    terminal = TerminalWatcher(Console(stderr=True), quiet)
+    terminal = TerminalWatcher(Console(stderr=True), quiet, verbose)
     if log is None:
         yield terminal
         return
     with log.open("w", encoding="utf-8") as file:
-        yield Together(terminal, TerminalWatcher(Console(file=file, width=120)))
+        yield Together(terminal, TerminalWatcher(Console(file=file, width=120), verbose=True))
 
 
 def main() -> None:

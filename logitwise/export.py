@@ -51,7 +51,7 @@ def export(
                     quantized = codes(slot)
                     stored_bits += quantized.bits_stored()
                     yield from job.format.tensors(slot.module, quantized).items()
-                else:
+                elif fate.fate == "kept":
                     yield fate.tensor, source.read(fate.tensor)
                 stage.advance()
 

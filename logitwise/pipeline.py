@@ -13,6 +13,7 @@ import torch
 
 from logitwise.calibration import prepare
 from logitwise.calibration.rows import Rows
+from logitwise.errors import CalibrationError
 from logitwise.export import export
 from logitwise.fit import Window
 from logitwise.grid import Quantized
@@ -80,10 +81,15 @@ def quantize(
     """
     recipe, out, began = recipe or Recipe.load(), Path(out), time.monotonic()
     learns = QUANTIZERS[recipe.method].learns if recipe.method in QUANTIZERS else False
+    if rows is not None and learns:
+        _split(rows, recipe)
     with repeatable():
         job = check(model, out, recipe, overwrite, learns and rows is None, revision, watcher)
         for name, choice in job.choices.items():
             watcher.say(f"{name.replace('_', ' ')}: {choice.value} ({choice.why})")
+        if dropped := [fate.tensor for fate in job.fates if fate.fate == "dropped"]:
+            names = ", ".join(dropped[:3]) + (", ..." if len(dropped) > 3 else "")
+            watcher.say(f"left out, since the model has no place for them: {len(dropped)} tensors ({names})")
         folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"))
         if fresh:
             folder.remove()
@@ -124,9 +130,8 @@ def _fit(
     if rows is None:
         train, held, calibration = _calibrate(job, recipe, folder, root, watcher)
     else:
-        count = recipe.held_out if recipe.held_out is not None else max(16, len(rows) // 8)
-        train, held = rows[: len(rows) - count], rows[len(rows) - count :]
-        calibration = {"rows": len(train), "held_out_rows": count, "counted_tokens": train.counted()}
+        train, held = _split(rows, recipe)
+        calibration = {"rows": len(train), "held_out_rows": len(held), "counted_tokens": train.counted()}
     counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in calibration.items() if name != "first")
     watcher.say(f"calibration: {counts}")
     last = recipe.rows_last and min(recipe.rows_last, len(train))
@@ -136,6 +141,23 @@ def _fit(
     steps = plan_steps(fewer, len(job.skeleton), root)
     Walk(job.skeleton, fewer, both, len(held), folder, job.kept).run(steps, watcher)
     return steps, calibration
+
+
+def _split(rows: Rows, recipe: Recipe) -> tuple[Rows, Rows]:
+    """Given rows as those to learn from and those held out, the last ones.
+
+    Errors: CalibrationError where one of the two is left with nothing that counts.
+    """
+    count = recipe.held_out if recipe.held_out is not None else max(16, len(rows) // 8)
+    cut = max(0, len(rows) - count)
+    train, held = rows[:cut], rows[cut:]
+    if not train.counted() or (count and not held.counted()):
+        raise CalibrationError(
+            f"{len(rows)} rows cannot be learned from",
+            f"the last {count} are held out, {cut} are left, and in both some position must have a weight above 0",
+            "give more rows, or a smaller held_out",
+        )
+    return train, held
 
 
 def _calibrate(

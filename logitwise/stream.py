@@ -16,7 +16,7 @@ from torch import Tensor
 
 from logitwise.calibration.rows import Rows
 from logitwise.errors import RecipeError
-from logitwise.fit import Data, Schedule, Window, fit, measure
+from logitwise.fit import Data, Fitted, Schedule, Window, fit, measure
 from logitwise.grid import Quantized
 from logitwise.objectives import OBJECTIVES
 from logitwise.quantizers import QUANTIZERS, STARTS
@@ -146,16 +146,23 @@ class Walk:
                 window.advance(teacher, {}, self.recipe.batch)
                 if step.blocks[-1] == depth - 1:
                     head = self.skeleton.head()
-                quantized = self._finish(step, window, student, teacher, head, stage)
+                quantized = self._finish(step, window, student, teacher, head, stage, watcher)
                 if step.blocks[-1] < depth - 1:
                     weights = {slot: q.dequantize() for slot, q in quantized.items()}
                     window.advance(student, weights, self.recipe.batch)
             for step in refit:
                 window = Window(self.skeleton, step.blocks, calls, self.kept)
-                self._finish(step, window, at_fork, teacher, head, stage)
+                self._finish(step, window, at_fork, teacher, head, stage, watcher)
 
     def _finish(
-        self, step: Step, window: Window, student: Tensor, teacher: Tensor, head: Head | None, stage: Stage
+        self,
+        step: Step,
+        window: Window,
+        student: Tensor,
+        teacher: Tensor,
+        head: Head | None,
+        stage: Stage,
+        watcher: Watcher,
     ) -> dict[Slot, Quantized]:
         """A step's result, from the run folder or fitted now."""
         recipe, device = self.recipe, self.skeleton.device
@@ -171,17 +178,19 @@ class Walk:
         began = time.monotonic()
         per_step = self._cost_of_a_step(step)
         fitted = fit(window, quantizers, objective, head, data, schedule, stage, per_step)
+        seconds = time.monotonic() - began
         record = dict(
             blocks=[step.blocks[0], step.blocks[-1]],
             objective=step.objective,
             losses=fitted.losses,
             held_out=fitted.held_out,
             kept=fitted.kept,
-            seconds=round(time.monotonic() - began, 3),
+            seconds=round(seconds, 3),
         )
         if head is not None and self.held_out:
             weights = {slot: q.dequantize() for slot, q in fitted.quantized.items()}
             record["held_out_kl"] = measure(window, weights, OBJECTIVES["lfq"], head, data, recipe.batch)
+        watcher.detail(_outcome(step, fitted, objective.unit, seconds))
         self.folder.save(step.key, {slot.name: q for slot, q in fitted.quantized.items()}, record)
         stage.advance(self._cost(step) - step.steps * per_step)
         # What a fit leaves behind holds itself in cycles; a window's parameters must not wait for Python to look.
@@ -201,3 +210,14 @@ class Walk:
         """Rough multiply-adds of a step, for the time left: what is shown, not what is decided."""
         asked = (self.recipe.checks + 1) * self.held_out * 1e-6 * self._parameters(step)
         return step.steps * self._cost_of_a_step(step) + asked + 2e-6 * len(self.rows) * self._parameters(step)
+
+
+def _outcome(step: Step, fitted: Fitted, unit: str, seconds: float) -> str:
+    """What a fit came to, in a line."""
+    if not fitted.held_out:
+        return f"{step.title} by {step.objective}: {seconds:.0f} s"
+    (_, before), measures = fitted.held_out[0], dict(fitted.held_out)
+    return (
+        f"{step.title} by {step.objective}: held-out {unit} {before:.4g} to {measures[fitted.kept]:.4g}, "
+        f"step {fitted.kept} of {step.steps} kept, {seconds:.0f} s"
+    )

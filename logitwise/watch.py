@@ -15,6 +15,9 @@ class Watcher:
     def say(self, sentence: str) -> None:
         """Something the user should know."""
 
+    def detail(self, sentence: str) -> None:
+        """Something that a user who asks for more wants to know."""
+
 
 class Stage:
     """One part of the work under way."""

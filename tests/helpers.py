@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -102,3 +103,17 @@ class MemorySource(Source):
     @property
     def size_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.state.values())
+
+
+def assert_finite_differences(parameter: Tensor, value: Callable[[], float], step: float = 1e-6) -> None:
+    """The gradient of a float64 parameter is that of `value` by central differences, element by element."""
+    assert parameter.grad is not None
+    flat, slopes = parameter.data.view(-1), parameter.grad.view(-1)
+    for index in range(len(flat)):
+        kept = float(flat[index])
+        flat[index] = kept + step
+        above = value()
+        flat[index] = kept - step
+        below = value()
+        flat[index] = kept
+        assert float(slopes[index]) == pytest.approx((above - below) / (2 * step), rel=1e-5, abs=1e-8)

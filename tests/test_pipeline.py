@@ -2,18 +2,20 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny_model
+from safetensors.torch import load_file, save_file
 from source_files import llama_config, random_model, save, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitwise
 from logitwise.calibration.rows import Rows
-from logitwise.errors import FormatError, InputError, SourceError
-from logitwise.evaluation import measure_models
+from logitwise.errors import CalibrationError, FormatError, InputError, SourceError
+from logitwise.evaluation import evaluate, measure_models
 from logitwise.source import open_source
 from logitwise.watch import Watcher
 
@@ -259,6 +261,37 @@ def test_rows_given_in_python_are_used(folder: Path, tmp_path: Path) -> None:
     made = logitwise.Recipe.load(None, **{**TINY, "held_out": 4, "checks": 1})
     result = logitwise.quantize(folder, tmp_path / "out", made, rows=rows)
     assert result.report["calibration"] == {"rows": 8, "held_out_rows": 4, "counted_tokens": 128}
+
+
+def test_rows_given_in_python_that_cannot_teach_or_choose_are_refused(folder: Path, tmp_path: Path) -> None:
+    ids = torch.randint(3, 90, (12, 17), generator=torch.Generator().manual_seed(0))
+    unheld = torch.ones(12, 16)
+    unheld[8:] = 0
+    made, out = logitwise.Recipe.load(None, **{**TINY, "held_out": 4}), tmp_path / "out"
+    few = Rows(ids[:3, :-1], ids[:3, 1:], torch.ones(3, 16))
+    refused(CalibrationError, "3 rows cannot be learned from", folder, out, made, out=out, rows=few)
+    refused(CalibrationError, "12 rows cannot", folder, out, made, out=out, rows=Rows(ids[:, :-1], ids[:, 1:], unheld))
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_said_and_in_the_audit(
+    folder: Path, text: Path, tmp_path: Path
+) -> None:
+    copy, listener = tmp_path / "copy", Listener()
+    shutil.copytree(folder, copy)
+    stored = load_file(copy / "model.safetensors")
+    save_file({**stored, "model.old.table": torch.ones(3)}, copy / "model.safetensors", {"format": "pt"})
+    result = logitwise.quantize(copy, tmp_path / "out", recipe(text, method="rtn"), watcher=listener)
+    fates = {entry["tensor"]: entry["fate"] for entry in result.report["audit"]}
+    assert fates["model.old.table"] == "dropped"
+    assert any("model.old.table" in sentence for sentence in listener.said)
+    assert "model.old.table" not in open_source(tmp_path / "out").names()
+
+
+def test_figures_of_two_models_that_are_not_a_pair_are_refused(folder: Path, text: Path, tmp_path: Path) -> None:
+    other = save(random_model(llama_config()), tmp_path / "other")
+    with pytest.raises(SourceError, match="not a version of") as caught:
+        evaluate(other, reference=folder, text=f"text:{text}", row_tokens=24)
+    assert "another shape" in str(caught.value)
 
 
 def test_without_held_out_rows_the_last_iterate_is_kept_and_that_is_said(

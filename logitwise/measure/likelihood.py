@@ -41,12 +41,14 @@ class Likelihood:
         kl: KL(reference || model), nats a token.
         top1: share of positions where both find the same token the likeliest.
         tokens: how many predictions count.
+        kl_by_row: each row's KL summed over its tokens, and what they count, [rows, 2].
     """
 
     perplexity: Figure
     kl: Figure
     top1: Figure
     tokens: int
+    kl_by_row: Float[Tensor, "rows 2"]
 
 
 class Outputs:
@@ -91,23 +93,34 @@ def summarise(found: Comparison, row: Tensor, weights: Float[Tensor, "tokens"]) 
         row: the row that each token is in.
         weights: how much each token counts.
     """
-    nll = _mean(found.student_nll, row, weights)
+    nll = _mean(_by_row(found.student_nll, row, weights))
+    kl_by_row = _by_row(found.kl, row, weights)
     return Likelihood(
         # The error of exp(x) is exp(x) times that of x.
         perplexity=Figure(math.exp(nll.mean), math.exp(nll.mean) * nll.error),
-        kl=_mean(found.kl, row, weights),
-        top1=_mean(found.agrees, row, weights),
+        kl=_mean(kl_by_row),
+        top1=_mean(_by_row(found.agrees, row, weights)),
         tokens=len(weights),
+        kl_by_row=kl_by_row,
     )
 
 
-def _mean(values: Tensor, row: Tensor, weights: Tensor) -> Figure:
+def kl_difference(one: Likelihood, other: Likelihood) -> Figure:
+    """KL of `one` less that of `other` on the same rows: surer than either, since both find the same rows hard."""
+    difference = one.kl_by_row[:, 0] - other.kl_by_row[:, 0]
+    return _mean(torch.stack([difference, one.kl_by_row[:, 1]], 1))
+
+
+def _by_row(values: Tensor, row: Tensor, weights: Tensor) -> Float[Tensor, "rows 2"]:
+    """Each row's weighted sum and weight; rows where nothing counts are left out."""
+    sums = torch.zeros(int(row.max()) + 1, 2, dtype=torch.float64)
+    sums.index_add_(0, row, torch.stack([values * weights, weights], 1))
+    return sums[sums[:, 1] > 0]
+
+
+def _mean(by_row: Float[Tensor, "rows 2"]) -> Figure:
     """A ratio estimator's mean and error: rows differ in how many of their tokens count."""
-    rows = int(row.max()) + 1
-    total = torch.zeros(rows, dtype=torch.float64).index_add_(0, row, values * weights)
-    count = torch.zeros(rows, dtype=torch.float64).index_add_(0, row, weights)
-    used = count > 0
-    total, count = total[used], count[used]
+    total, count = by_row.unbind(1)
     mean = float(total.sum() / count.sum())
     if len(count) < 2:
         return Figure(mean, math.nan)

@@ -6,7 +6,7 @@ from rich.padding import Padding
 
 from logitwise.demo import Demo
 from logitwise.evaluation import Contents, Evaluation, Size
-from logitwise.measure.likelihood import Figure, Likelihood
+from logitwise.measure.likelihood import Figure, Likelihood, kl_difference
 from logitwise.pipeline import Result
 from logitwise.report.terminal import table
 
@@ -68,6 +68,9 @@ def show_demo(console: Console, found: Demo) -> None:
     tokens = f"{found.entries[0].likelihood.tokens:,} tokens"
     shared = "MSE and LFQ differ in the last block alone"
     console.print(f"{tokens}; {KEY.format('full precision')}; {shared}", style="dim", highlight=False)
+    mse, lfq = found.entries[-2:]
+    less = kl_difference(mse.likelihood, lfq.likelihood)
+    console.print(f"KL of {mse.name} less that of {lfq.name}, row by row: {less.mean:.4f} ± {less.error:.4f}")
     console.print(f"\n[bold]{escape(found.prompt)}[/]")
     for entry in found.entries:
         console.print(Padding(f"[bold]{entry.name}[/]: {escape(' '.join(entry.answer.split()))} ...", (0, 0, 0, 2)))

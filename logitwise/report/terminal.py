@@ -56,10 +56,11 @@ class TerminalWatcher(Watcher):
     Args:
         console: where to.
         quiet: show neither.
+        verbose: show details too.
     """
 
-    def __init__(self, console: Console, quiet: bool = False) -> None:
-        self.console, self.quiet = console, quiet
+    def __init__(self, console: Console, quiet: bool = False, verbose: bool = False) -> None:
+        self.console, self.quiet, self.verbose = console, quiet, verbose
 
     @contextmanager
     def stage(self, title: str, total: float) -> Iterator[Stage]:
@@ -90,6 +91,10 @@ class TerminalWatcher(Watcher):
     def say(self, sentence: str) -> None:
         if not self.quiet:
             self.console.print(sentence, highlight=False, markup=False)
+
+    def detail(self, sentence: str) -> None:
+        if self.verbose:
+            self.say(sentence)
 
 
 class _Lines(Stage):
@@ -138,6 +143,10 @@ class Together(Watcher):
     def say(self, sentence: str) -> None:
         for watcher in self.watchers:
             watcher.say(sentence)
+
+    def detail(self, sentence: str) -> None:
+        for watcher in self.watchers:
+            watcher.detail(sentence)
 
 
 def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:

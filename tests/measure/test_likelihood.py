@@ -8,7 +8,7 @@ from helpers import VOCABULARY, MemorySource, tiny_model
 
 from logitwise.calibration.rows import Rows
 from logitwise.evaluation import measure_models
-from logitwise.measure.likelihood import Figure, as_json, summarise
+from logitwise.measure.likelihood import Figure, as_json, kl_difference, summarise
 from logitwise.objectives.soft import Comparison
 
 
@@ -60,3 +60,15 @@ def test_one_row_has_no_error_to_tell() -> None:
     found = summarise(Comparison(one, one, one, one), torch.zeros(3, dtype=torch.int64), one)
     assert math.isnan(found.kl.error)
     assert as_json(found)["kl"]["mean"] == 1.0
+
+
+def test_a_difference_of_two_models_is_paired_by_rows() -> None:
+    """Rows that both models find hard cancel: the error is that of the rows' differences."""
+    hard = torch.tensor([10.0, 90.0, 40.0, 70.0], dtype=torch.float64)
+    gain = torch.tensor([1.0, 2.0, 1.0, 4.0], dtype=torch.float64)
+    one, row = torch.ones(4, dtype=torch.float64), torch.arange(4)
+    worse, better = (summarise(Comparison(kl, one, one, one), row, one) for kl in (hard + gain, hard))
+    found = kl_difference(worse, better)
+    assert found.mean == pytest.approx(2.0)
+    assert found.error == pytest.approx(float(gain.std() / 2))
+    assert worse.kl.error > 10 * found.error

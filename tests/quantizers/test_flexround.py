@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import assert_finite_differences
 from numpy.typing import NDArray
 
 from logitwise.grid import Grid
@@ -113,16 +114,7 @@ def test_gradients_are_finite_differences_of_the_frozen_rounding(name: str, monk
 
     value()
     parameter = quantizer.get_parameter(name)
-    assert parameter.grad is not None
-    flat, step = parameter.data.view(-1), 1e-6
-    for index in range(len(flat)):
-        kept = float(flat[index])
-        flat[index] = kept + step
-        above = value()
-        flat[index] = kept - step
-        below = value()
-        flat[index] = kept
-        assert float(parameter.grad.view(-1)[index]) == pytest.approx((above - below) / (2 * step), rel=1e-5, abs=1e-8)
+    assert_finite_differences(parameter, value)
 
 
 def freeze_rounding(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
