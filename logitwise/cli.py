@@ -36,8 +36,11 @@ def quantize(
     per_channel: Annotated[bool, typer.Option("--per-channel", help="One scale for each output channel.")] = False,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Fixed zero point.")] = None,
     method: Annotated[str | None, typer.Option(help="flexround, signround or rtn.")] = None,
-    objective: Annotated[str | None, typer.Option(help="What fits the final blocks: lfq or mse.")] = None,
+    objective: Annotated[str | None, typer.Option(help="What fits the final blocks: lfq, mse, logit_mse, ...")] = None,
     final_blocks: Annotated[int | None, typer.Option(help="Blocks at the end that it fits together (1).")] = None,
+    polish: Annotated[
+        bool | None, typer.Option("--polish/--no-polish", help="Tune all scales together afterwards.")
+    ] = None,
     start: Annotated[str | None, typer.Option(help="Where ranges start: searched or minmax.")] = None,
     format: Annotated[str | None, typer.Option("--format", help="auto or compressed-tensors.")] = None,
     scale_dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
@@ -78,6 +81,7 @@ def quantize(
         "method": method,
         "objective": objective,
         "final_blocks": final_blocks,
+        "polish": polish,
         "start": start,
         "format": format,
         "scale_dtype": scale_dtype,

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from logitwise.formats.checkpoint import staged, write_checkpoint, write_config, write_json
 from logitwise.grid import Grid, Quantized
 from logitwise.modelcard import model_card
+from logitwise.polish import Polished
 from logitwise.preflight import Job
 from logitwise.skeleton import Slot
 from logitwise.watch import Watcher
@@ -22,6 +23,7 @@ def export(
     out: Path,
     grid: Grid,
     codes: Callable[[Slot], Quantized],
+    polished: Polished | None,
     report: dict[str, Any],
     overwrite: bool,
     watcher: Watcher,
@@ -33,6 +35,7 @@ def export(
         out: the folder.
         grid: of every quantized weight.
         codes: what is stored for a slot.
+        polished: scales and vectors in place of those of `codes` and of the source.
         report: what is known of the run; sizes and the audit are added.
         overwrite: replace what OUT holds.
         watcher: hears how far it is.
@@ -49,10 +52,13 @@ def export(
                 if fate.tensor in slots:
                     slot = slots[fate.tensor]
                     quantized = codes(slot)
+                    if polished:
+                        quantized = replace(quantized, scale=polished.scales[slot.name])
                     stored_bits += quantized.bits_stored()
                     yield from job.format.tensors(slot.module, quantized).items()
                 elif fate.fate == "kept":
-                    yield fate.tensor, source.read(fate.tensor)
+                    tuned = polished.vectors if polished else {}
+                    yield fate.tensor, tuned[fate.tensor] if fate.tensor in tuned else source.read(fate.tensor)
                 stage.advance()
 
     with staged(out, overwrite) as staging:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from logitwise.errors import MachineError
 from logitwise.grid import Grid, Quantized
-from logitwise.objectives import Objective
+from logitwise.objectives import Objective, Taps
 from logitwise.quantizers import Quantizer, Role, Start
 from logitwise.recipe import Learning
 from logitwise.skeleton import Call, Head, Skeleton, Slot
@@ -40,13 +41,33 @@ class Window:
         self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor]
     ) -> Float[Tensor, "rows tokens d"]:
         """The window's output, with the float32 weights [out, in] of some slots replaced."""
-        dtype = self.skeleton.dtype
         for block in self.blocks:
-            weights = {key: weight.to(dtype) for key, weight in self.weights[block].items()}
-            for slot, weight in replaced.items():
-                if slot.block == block:
-                    weights[slot.key] = slot.put(weight.to(dtype))
-            hidden = self.skeleton.run(block, weights, hidden, self.calls[block])
+            hidden = self._run(block, hidden, replaced)
+        return hidden
+
+    def _run(self, block: int, hidden: Tensor, replaced: Mapping[Slot, Tensor]) -> Tensor:
+        dtype = self.skeleton.dtype
+        weights = {key: weight.to(dtype) for key, weight in self.weights[block].items()}
+        for slot, weight in replaced.items():
+            if slot.block == block:
+                weights[slot.key] = slot.put(weight.to(dtype))
+        return self.skeleton.run(block, weights, hidden, self.calls[block])
+
+    def learn(
+        self, hidden: Float[Tensor, "rows tokens d"], quantizers: Mapping[Slot, Quantizer], progress: float
+    ) -> Float[Tensor, "rows tokens d"]:
+        """The window's output with the quantizers' weights, to go backward through.
+
+        Of several blocks only one is in memory with its activations: each is run once more when its gradient's turn
+        comes.
+        """
+        for block in self.blocks:
+
+            def run(entering: Tensor, block: int = block) -> Tensor:
+                own = {slot: quantizer for slot, quantizer in quantizers.items() if slot.block == block}
+                return self._run(block, entering, weights_of(own, progress))
+
+            hidden = run(hidden) if len(self.blocks) == 1 else checkpoint(run, hidden, use_reentrant=False)
         return hidden
 
     @torch.no_grad()
@@ -65,6 +86,7 @@ class Data:
         inputs: what the student's window reads, [rows, tokens, d].
         targets: what the teacher's window puts out, [rows, tokens, d].
         weights: how much each position counts, [rows, tokens].
+        following: the token after each position, [rows, tokens].
         train: the first rows, which are learned from.
         held_out: the last rows, which choose the iterate.
     """
@@ -72,8 +94,13 @@ class Data:
     inputs: Float[Tensor, "rows tokens d"]
     targets: Float[Tensor, "rows tokens d"]
     weights: Float[Tensor, "rows tokens"]
+    following: Int64[Tensor, "rows tokens"]
     train: int
     held_out: int
+
+    def taps(self, rows: Tensor | slice, student: Float[Tensor, "rows tokens d"], head: Head | None) -> Taps:
+        """What an objective sees of some rows."""
+        return Taps(student, self.targets[rows], self.weights[rows], self.following[rows], head)
 
 
 @dataclass(frozen=True)
@@ -129,7 +156,7 @@ def fit(
     Errors: MachineError, naming the layer, where a parameter stops being a number.
     """
     optimizers = _optimizers(quantizers.values(), schedule)
-    order = _row_order(data.train, schedule)
+    order = row_order(data.train, schedule.batch, schedule.seed)
     checks = {round(schedule.steps * (i + 1) / schedule.checks) for i in range(schedule.checks)} | {0}
     losses: list[Tensor] = []
     held_out: list[tuple[int, float]] = []
@@ -146,8 +173,8 @@ def fit(
         if step == schedule.steps:
             break
         rows = next(order).to(data.inputs.device)
-        student = window.forward(data.inputs[rows], weights_of(quantizers, step / schedule.steps))
-        loss = objective.loss(student, data.targets[rows], data.weights[rows], head)
+        student = window.learn(data.inputs[rows], quantizers, step / schedule.steps)
+        loss = objective.loss(data.taps(rows, student, head))
         loss.backward()
         for optimizer, learning in optimizers:
             for group in optimizer.param_groups:
@@ -188,7 +215,7 @@ def measure(
     for start in range(first, data.inputs.shape[0], batch):
         part = slice(start, start + batch)
         student = window.forward(data.inputs[part], weights)
-        added, counted = objective.measure(student, data.targets[part], data.weights[part], head)
+        added, counted = objective.measure(data.taps(part, student, head))
         total, count = total + added, count + counted
     return total / count
 
@@ -233,15 +260,15 @@ def rate_at(learning: Learning, step: int, steps: int) -> float:
     return rate * (1 - step / steps)
 
 
-def _row_order(rows: int, schedule: Schedule) -> Iterator[Tensor]:
+def row_order(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Batches of row numbers: every row once before any twice, in an order that the seed decides."""
-    generator = torch.Generator().manual_seed(schedule.seed)
+    generator = torch.Generator().manual_seed(seed)
     pending = torch.empty(0, dtype=torch.int64)
     while True:
-        while len(pending) < schedule.batch:
+        while len(pending) < batch:
             pending = torch.cat([pending, torch.randperm(rows, generator=generator)])
-        yield pending[: schedule.batch]
-        pending = pending[schedule.batch :]
+        yield pending[:batch]
+        pending = pending[batch:]
 
 
 def _refuse_not_a_number(quantizers: Mapping[Slot, Quantizer]) -> None:

@@ -3,26 +3,24 @@
 source -> calibration rows -> stream of blocks -> fit -> run folder -> format -> audit -> report
 """
 
-import gc
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from logitwise.calibration import prepare
+from logitwise.calibrate import RunRows, rows_of_run, split
 from logitwise.calibration.rows import Rows
-from logitwise.errors import CalibrationError
 from logitwise.export import export
 from logitwise.fit import Window
 from logitwise.grid import Quantized
 from logitwise.machine import repeatable, versions
+from logitwise.polish import POLISHED, Polish, Polished
 from logitwise.preflight import Job, check
 from logitwise.quantizers import QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe
 from logitwise.runfolder import RunFolder, chain, digest_of
-from logitwise.skeleton import Slot, load_whole
+from logitwise.skeleton import Slot
 from logitwise.stream import Step, Walk, plan_steps
 from logitwise.watch import SILENT, Watcher
 
@@ -81,10 +79,11 @@ def quantize(
     """
     recipe, out, began = recipe or Recipe.load(), Path(out), time.monotonic()
     learns = QUANTIZERS[recipe.method].learns if recipe.method in QUANTIZERS else False
-    if rows is not None and learns:
-        _split(rows, recipe)
+    reads = learns or recipe.polish
+    if rows is not None and reads:
+        split(rows, recipe)
     with repeatable():
-        job = check(model, out, recipe, overwrite, learns and rows is None, revision, watcher)
+        job = check(model, out, recipe, overwrite, reads and rows is None, revision, watcher)
         for name, choice in job.choices.items():
             watcher.say(f"{name.replace('_', ' ')}: {choice.value} ({choice.why})")
         if dropped := [fate.tensor for fate in job.fates if fate.fate == "dropped"]:
@@ -95,99 +94,53 @@ def quantize(
             folder.remove()
         settings = {name: job.choices[name].value for name in ("device", "compute_dtype")}
         root = chain("logitwise", model=job.digest, versions=versions(), **settings)
-        if learns:
-            steps, calibration = _fit(job, recipe, rows, folder, root, watcher)
+        data = rows_of_run(job, recipe, rows, folder, root, watcher) if reads else None
+        if learns and data:
+            steps = _fit(job, recipe, data, folder, root, watcher)
         else:
-            steps, calibration = _round(job, recipe, folder, root, watcher), {}
+            steps = _round(job, recipe, folder, root, watcher)
         made_by, held_out_kl, unmet = _verdict(folder, steps, recipe, len(job.skeleton), watcher)
 
         def codes(slot: Slot) -> Quantized:
             return folder.load(made_by[slot.block].key, recipe.grid, slot.name)
+
+        polished = _polish(job, recipe, data, folder, [s.key for s in made_by], codes, watcher) if data else None
+        if polished and polished.held_out:
+            held_out_kl["polish"] = dict(polished.held_out)[polished.kept]
+            if not polished.kept:
+                unmet.append("the polish lowered KL on the held-out rows at no step: the scales were left as they were")
+                watcher.say(unmet[-1])
 
         report = {
             "model": {"name": job.source.name, "sha256": job.digest, "dtype": str(job.source.dtype)[6:]},
             "recipe": recipe.model_dump(),
             "choices": {name: asdict(choice) for name, choice in job.choices.items()},
             "replay_difference": job.replay_difference,
-            "calibration": calibration,
+            "calibration": data.counts if data else {},
             "windows": [folder.record(step.key) for step in steps],
+            "polish": polished and {name: getattr(polished, name) for name in ("losses", "held_out", "kept")},
             "fitted_by": made_by[-1].objective,
             "held_out_kl": held_out_kl,
             "unmet": unmet,
             "versions": versions(),
             "seconds": round(time.monotonic() - began, 1),
         }
-        report = export(job, out, recipe.grid, codes, report, overwrite, watcher)
+        report = export(job, out, recipe.grid, codes, polished, report, overwrite, watcher)
         if not keep_run:
             folder.remove()
     return Result(out, recipe, job.choices, made_by[-1].objective, held_out_kl, unmet, report)
 
 
-def _fit(
-    job: Job, recipe: Recipe, rows: Rows | None, folder: RunFolder, root: str, watcher: Watcher
-) -> tuple[list[Step], dict[str, Any]]:
-    """Every window fitted and in the run folder; what the calibration was."""
-    if rows is None:
-        train, held, calibration = _calibrate(job, recipe, folder, root, watcher)
-    else:
-        train, held = _split(rows, recipe)
-        calibration = {"rows": len(train), "held_out_rows": len(held), "counted_tokens": train.counted()}
-    counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in calibration.items() if name != "first")
-    watcher.say(f"calibration: {counts}")
-    last = recipe.rows_last and min(recipe.rows_last, len(train))
-    fewer = recipe.but(rows=min(recipe.rows, len(train)), rows_last=last)
-    both = Rows.join([train, held])
-    root = chain(root, rows=digest_of(both.ids, both.following, both.weights), held_out=len(held))
+def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, watcher: Watcher) -> list[Step]:
+    """Every window fitted and in the run folder."""
+    most = min(max(recipe.rows, recipe.rows_last or 0), len(data.train))
+    last = recipe.rows_last and min(recipe.rows_last, most)
+    fewer = recipe.but(rows=min(recipe.rows, most), rows_last=last)
+    both = Rows.join([data.train[:most], data.held_out])
+    root = chain(root, rows=digest_of(both.ids, both.following, both.weights), held_out=len(data.held_out))
     steps = plan_steps(fewer, len(job.skeleton), root)
-    Walk(job.skeleton, fewer, both, len(held), folder, job.kept).run(steps, watcher)
-    return steps, calibration
-
-
-def _split(rows: Rows, recipe: Recipe) -> tuple[Rows, Rows]:
-    """Given rows as those to learn from and those held out, the last ones.
-
-    Errors: CalibrationError where one of the two is left with nothing that counts.
-    """
-    count = recipe.held_out if recipe.held_out is not None else max(16, len(rows) // 8)
-    cut = max(0, len(rows) - count)
-    train, held = rows[:cut], rows[cut:]
-    if not train.counted() or (count and not held.counted()):
-        raise CalibrationError(
-            f"{len(rows)} rows cannot be learned from",
-            f"the last {count} are held out, {cut} are left, and in both some position must have a weight above 0",
-            "give more rows, or a smaller held_out",
-        )
-    return train, held
-
-
-def _calibrate(
-    job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: Watcher
-) -> tuple[Rows, Rows, dict[str, Any]]:
-    """Calibration and held-out rows, from the run folder or made now."""
-    most = max(recipe.rows, recipe.rows_last or 0)
-    asked = recipe.model_dump(include={"calibration", "row_tokens", "seed"})
-    key = chain(root, most=most, held_out=recipe.held_out_rows, **asked)
-    if not folder.has(key):
-        own = recipe.calibration.partition(":")[0] == "self"
-        title = "Writing calibration text" if own else "Reading calibration text"
-        total = (most + recipe.held_out_rows) * recipe.row_tokens
-        with watcher.stage(title, total) as stage:
-            made = prepare(
-                recipe.calibration,
-                job.source.tokenizer(),
-                lambda: load_whole(job.source, job.skeleton.device, job.skeleton.dtype),
-                rows=most,
-                held_out=recipe.held_out_rows,
-                row_tokens=recipe.row_tokens,
-                seed=recipe.seed,
-                progress=lambda done, total: stage.reach(done),
-            )
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        folder.save_rows(key, made.rows, made.held_out, {**made.counts, "first": made.first_row_text})
-        folder.note("first_row.txt", made.first_row_text)
-    return *folder.load_rows(key), folder.record(key)
+    Walk(job.skeleton, fewer, both, len(data.held_out), folder, job.kept).run(steps, watcher)
+    return steps
 
 
 def _round(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: Watcher) -> list[Step]:
@@ -203,6 +156,30 @@ def _round(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: Watc
     return steps
 
 
+def _polish(
+    job: Job,
+    recipe: Recipe,
+    data: RunRows,
+    folder: RunFolder,
+    made_by: list[str],
+    codes: Callable[[Slot], Quantized],
+    watcher: Watcher,
+) -> Polished | None:
+    """All scales tuned together, from the run folder or now; None where that is not asked for."""
+    if not recipe.polish:
+        return None
+    rows = Rows.join([data.train[: recipe.rows_polish], data.held_out])
+    learning = {role: vars(recipe.polish_learning_of(role)) for role in POLISHED}
+    asked = recipe.model_dump(include={"polish_steps", "polish_batch", "batch", "checks", "seed"})
+    digest = digest_of(rows.ids, rows.following, rows.weights)
+    key = chain("polish", made_by=made_by, rows=digest, held_out=len(data.held_out), learning=learning, **asked)
+    if not folder.has(key):
+        with watcher.stage("Polishing all scales", recipe.polish_steps) as stage:
+            polish = Polish(job.skeleton, recipe, rows, len(data.held_out), codes, job.kept)
+            folder.save_polished(key, polish.run(stage))
+    return folder.load_polished(key)
+
+
 def _verdict(
     folder: RunFolder, steps: list[Step], recipe: Recipe, depth: int, watcher: Watcher
 ) -> tuple[list[Step], dict[str, float], list[str]]:
@@ -211,18 +188,20 @@ def _verdict(
     The objective's fit of the final blocks is kept only where its held-out KL is below that of the MSE fit.
     """
     made_by, refit = list(steps[:depth]), steps[depth:]
-    kl = {s.objective: r["held_out_kl"] for s in steps[depth - 1 :] if "held_out_kl" in (r := folder.record(s.key))}
+    ends = [steps[depth - 1], *refit[-1:]]
+    kl = {s.objective: r["held_out_kl"] for s in ends if "held_out_kl" in (r := folder.record(s.key))}
     if not refit:
         return made_by, kl, []
-    final = refit[0]
+    final = refit[-1]
     if kl and not kl[final.objective] < kl["mse"]:
         sentence = (
-            f"{final.title} fitted by {final.objective} has a held-out KL of {kl[final.objective]:.4f}, not below the "
-            f"{kl['mse']:.4f} of the MSE fit: the MSE fit was kept"
+            f"{refit[0].title} fitted by {final.objective} has a held-out KL of {kl[final.objective]:.4f}, not below "
+            f"the {kl['mse']:.4f} of the MSE fit: the MSE fit was kept"
         )
         watcher.say(sentence)
         return made_by, kl, [sentence]
     if not kl:
         watcher.say(f"no rows were held out: the fit by {final.objective} was kept without a verdict")
-    made_by[final.blocks[0] :] = [final] * len(final.blocks)
+    for step in refit:
+        made_by[step.blocks[0] :] = [step] * len(step.blocks)
     return made_by, kl, []

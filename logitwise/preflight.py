@@ -1,7 +1,7 @@
 """Everything that can be refused is refused here, before any work; what passes is a `Job`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from logitwise.formats import FORMATS, Format, choose
 from logitwise.formats.checkpoint import check_output
 from logitwise.machine import choose_machine
 from logitwise.objectives import OBJECTIVES
+from logitwise.polish import POLISHED
 from logitwise.quantizers import QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe
 from logitwise.skeleton import Skeleton, Slot
@@ -112,12 +113,22 @@ def _check_names(recipe: Recipe) -> None:
 
 def _check_roles(recipe: Recipe) -> None:
     roles = roles_of(recipe)
-    for role in recipe.learning or {}:
-        if role not in roles:
+    tables = {"learning": roles, "learning_last": roles, "polish_learning": list(POLISHED)}
+    for table, read in tables.items():
+        for role in getattr(recipe, table) or {}:
+            if role not in read:
+                raise RecipeError(
+                    f"[{table}.{role}] is not read",
+                    f"what is learned is {', '.join(read) or 'nothing'}",
+                    "name one of these roles, or remove it",
+                )
+    known = [field.name for field in fields(OBJECTIVES[recipe.objective])]  # type: ignore[arg-type]
+    for setting in recipe.objective_settings:
+        if setting not in known:
             raise RecipeError(
-                f"[learning.{role}] is not read",
-                f"{recipe.method} learns {', '.join(roles) or 'nothing'}",
-                "name one of these roles, or remove it",
+                f"objective_settings.{setting} is not read",
+                f"{recipe.objective} has {', '.join(known) or 'no settings'}",
+                "name one of these, or remove it",
             )
 
 

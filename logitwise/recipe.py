@@ -54,9 +54,20 @@ class Recipe(_Frozen):
 
     method: str = Field("flexround", description="how weights are learned")
     objective: str = Field("lfq", description="what the final blocks are fitted by")
+    objective_settings: dict[str, bool | int | float] = Field(
+        {}, description="of the objective: temperature, k, share, prompts"
+    )
     final_blocks: int = Field(1, ge=1, description="blocks at the end that are fitted together by the objective")
+    shrink: bool = Field(False, description="then fit the final blocks again without the first of them, and so on")
+    teacher_last: Literal["full_precision", "quantized"] = Field(
+        "full_precision", description="what the final blocks' teacher reads: its own stream, or the student's"
+    )
     start: str = Field("searched", description="where the ranges start")
+    start_last: Literal["start", "mse"] = Field(
+        "start", description="where the final blocks start: as the others, or at their own MSE fit"
+    )
     learning: dict[str, Learning] | None = Field(None, description="by role; None: the method's own")
+    learning_last: dict[str, Learning] | None = Field(None, description="of the final blocks; None: as `learning`")
 
     calibration: str = Field("self", description="self, self:FILE, text:FILE, jsonl:FILE or hf:NAME")
     rows: int = Field(256, ge=1, description="calibration rows")
@@ -68,6 +79,12 @@ class Recipe(_Frozen):
     batch: int = Field(8, ge=1, description="rows a step")
     batch_last: int | None = Field(None, ge=1, description="rows a step of the final blocks; None: as `batch`")
     checks: int = Field(10, ge=1, description="how often held-out rows are asked while a block is fitted")
+
+    polish: bool = Field(False, description="tune all scales, norms and biases together after the blocks")
+    polish_steps: int = Field(300, ge=1, description="optimiser steps of the polish")
+    polish_batch: int | None = Field(None, ge=1, description="rows a step of the polish; None: as `batch`")
+    polish_learning: dict[str, Learning] | None = Field(None, description="of scales and vectors; None: as shipped")
+    rows_polish: int | None = Field(None, ge=1, description="calibration rows of the polish; None: all there are")
 
     seed: int = Field(0, ge=0)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
@@ -83,11 +100,19 @@ class Recipe(_Frozen):
         """Rows set aside to choose by."""
         return max(16, self.rows // 8) if self.held_out is None else self.held_out
 
-    def learning_of(self, role: str) -> Learning:
+    def learning_of(self, role: str, last: bool = False) -> Learning:
         """How a role of the method is learned: the recipe's own settings, else the method's file."""
+        if last and self.learning_last and role in self.learning_last:
+            return self.learning_last[role]
         if self.learning and role in self.learning:
             return self.learning[role]
         return Learning.model_validate(_shipped(self.method)["learning"][role])
+
+    def polish_learning_of(self, role: str) -> Learning:
+        """How a role of the polish is learned: the recipe's own settings, else those that are shipped."""
+        if self.polish_learning and role in self.polish_learning:
+            return self.polish_learning[role]
+        return Learning.model_validate(_shipped("polish")["learning"][role])
 
     @classmethod
     def load(cls, preset: str | Path | None = None, /, **changes: Any) -> "Recipe":

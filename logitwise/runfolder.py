@@ -8,17 +8,19 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from logitwise.calibration.rows import Rows
 from logitwise.errors import MachineError
 from logitwise.grid import Grid, Quantized
+from logitwise.polish import Polished
 
 
 def chain(previous: str, **settings: Any) -> str:
@@ -41,12 +43,26 @@ class RunFolder:
         """Whether the part is finished; its JSON is written last."""
         return (self.path / f"{key}.json").is_file() and (self.path / f"{key}.safetensors").is_file()
 
-    def save(self, key: str, quantized: dict[str, Quantized], record: dict[str, Any]) -> None:
-        """A finished window: its slots by name, and its figures."""
+    def save(
+        self,
+        key: str,
+        quantized: dict[str, Quantized],
+        record: dict[str, Any],
+        state: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        """A finished window: its slots by name, its figures, and what was learned where a later fit starts from it."""
         tensors: dict[str, Tensor] = {}
         for name, q in quantized.items():
             tensors |= {f"{name}:codes": q.codes, f"{name}:scale": q.scale, f"{name}:zero": q.zero}
+        for name, quantizer in (state or {}).items():
+            tensors |= {f"{name}:state:{part}": parameter for part, parameter in quantizer.named_parameters()}
         self._write(key, tensors, record)
+
+    def load_state(self, key: str, name: str, quantizer: nn.Module) -> None:
+        """Puts what was learned for a slot into its quantizer."""
+        with safe_open(self.path / f"{key}.safetensors", framework="pt") as file, torch.no_grad():
+            for part, parameter in quantizer.named_parameters():
+                parameter.copy_(file.get_tensor(f"{name}:state:{part}"))
 
     def record(self, key: str) -> dict[str, Any]:
         """The figures of a finished window."""
@@ -59,6 +75,22 @@ class RunFolder:
             # Copies: a tensor that is kept would keep the whole file mapped.
             codes, scale, zero = (file.get_tensor(f"{name}:{part}").clone() for part in ("codes", "scale", "zero"))
         return Quantized(codes, scale, zero, grid)
+
+    def save_polished(self, key: str, polished: Polished) -> None:
+        """A finished polish."""
+        tensors = {f"scale:{name}": scale for name, scale in polished.scales.items()}
+        tensors |= {f"vector:{name}": vector for name, vector in polished.vectors.items()}
+        self._write(key, tensors, dict(losses=polished.losses, held_out=polished.held_out, kept=polished.kept))
+
+    def load_polished(self, key: str) -> Polished:
+        """A finished polish."""
+        parts: dict[str, dict[str, Tensor]] = {"scale": {}, "vector": {}}
+        for name, tensor in load_file(self.path / f"{key}.safetensors").items():
+            kind, _, rest = name.partition(":")
+            parts[kind][rest] = tensor
+        record = self.record(key)
+        held_out = [(step, kl) for step, kl in record["held_out"]]
+        return Polished(parts["scale"], parts["vector"], record["losses"], held_out, record["kept"])
 
     def save_rows(self, key: str, rows: Rows, held_out: Rows, record: dict[str, Any]) -> None:
         """The calibration rows of a run."""

@@ -79,10 +79,16 @@ class Head(nn.Module):
     """
 
     def __init__(
-        self, after: list[nn.Module], weight: Tensor, bias: Tensor | None, scale: float, soft_cap: float | None
+        self,
+        after: Mapping[str, nn.Module],
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        soft_cap: float | None,
     ) -> None:
         super().__init__()
-        self.after = nn.ModuleList(after)
+        self.after = nn.ModuleList(after.values())
+        self.after_names = list(after)
         self.weight = weight
         self.bias = bias
         self.scale = scale
@@ -312,7 +318,8 @@ class Skeleton:
             finally:
                 for hook in hooks:
                     hook.remove()
-            after = [deepcopy(module) for module in called]
+            names = {id(module): name for name, module in self.model.named_modules()}
+            after = {names[id(module)]: deepcopy(module) for module in called}
         weight, bias = self._vocabulary_projection(source)
         config = self.model.config
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(

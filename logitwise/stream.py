@@ -2,7 +2,8 @@
 
 The teacher sees full-precision blocks on full-precision inputs. The student sees the window being fitted on inputs that
 came through the blocks already quantized. Every block is fitted by mean squared error on its own; the last K blocks are
-then fitted again, together, by the objective, from the student's inputs of that place (the fork).
+then fitted again, together, by the objective, from the student's inputs of that place (the fork). Where the recipe says
+so, the window then shrinks: its first block is fixed and the others are fitted on, until the last block is alone.
 """
 
 import gc
@@ -10,6 +11,8 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -37,6 +40,9 @@ class Step:
         blocks: its blocks.
         objective: what it is fitted by.
         steps, batch, train: how long, how many rows a step, on how many rows.
+        refit: whether it fits final blocks once more, by the recipe's objective.
+        starts: for each block the key of the step whose learned state it starts from, or None: the recipe's start.
+        keeps_state: whether a later step starts from its learned state.
         key: names its result in the run folder.
     """
 
@@ -45,6 +51,9 @@ class Step:
     steps: int
     batch: int
     train: int
+    refit: bool
+    starts: tuple[str | None, ...]
+    keeps_state: bool
     key: str
 
     @property
@@ -65,32 +74,46 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
             f"the model has {depth} blocks",
             f"choose 1 to {depth}",
         )
-    fork = depth - recipe.final_blocks
-    learning = {role: vars(recipe.learning_of(role)) for role in roles_of(recipe)}
+    fork, roles = depth - recipe.final_blocks, roles_of(recipe)
+    refits = OBJECTIVES[recipe.objective].reads_head
     common = dict(
         grid=vars(recipe.grid),
         method=recipe.method,
         start=recipe.start,
-        learning=learning,
         checks=recipe.checks,
         seed=recipe.seed,
         keep=recipe.keep,
         numerics=NUMERICS,
     )
 
-    def step(blocks: range, objective: str, previous: str) -> Step:
+    def step(
+        blocks: range, objective: str, previous: str, refit: bool, starts: tuple[str | None, ...], keeps_state: bool
+    ) -> Step:
         last = blocks[0] >= fork
         length = recipe.steps_last if last and recipe.steps_last is not None else recipe.steps
         batch = (last and recipe.batch_last) or recipe.batch
         train = (last and recipe.rows_last) or recipe.rows
+        learning = {role: vars(recipe.learning_of(role, refit)) for role in roles}
         own = dict(blocks=[blocks[0], blocks[-1]], objective=objective, steps=length, batch=batch, rows=train)
-        return Step(blocks, objective, length, batch, train, chain(previous, **common, **own))
+        own |= dict(learning=learning, starts=starts, keeps_state=keeps_state)
+        if refit:
+            own |= dict(settings=recipe.objective_settings, teacher=recipe.teacher_last)
+        key = chain(previous, **common, **own)
+        return Step(blocks, objective, length, batch, train, refit, starts, keeps_state, key)
 
     steps: list[Step] = []
     for block in range(depth):
-        steps.append(step(range(block, block + 1), "mse", steps[-1].key if steps else root))
-    if OBJECTIVES[recipe.objective].reads_head:
-        steps.append(step(range(fork, depth), recipe.objective, steps[fork - 1].key if fork else root))
+        goes_on = refits and block >= fork and recipe.start_last == "mse"
+        previous = steps[-1].key if steps else root
+        steps.append(step(range(block, block + 1), "mse", previous, False, (None,), goes_on))
+    if refits:
+        starts = tuple(steps[block].key if recipe.start_last == "mse" else None for block in range(fork, depth))
+        previous = steps[fork - 1].key if fork else root
+        for first in range(fork, depth if recipe.shrink else fork + 1):
+            shrinks_on = recipe.shrink and first < depth - 1
+            steps.append(step(range(first, depth), recipe.objective, previous, True, starts, shrinks_on))
+            previous = steps[-1].key
+            starts = (previous,) * (depth - first - 1)
     return steps
 
 
@@ -150,9 +173,13 @@ class Walk:
                 if step.blocks[-1] < depth - 1:
                     weights = {slot: q.dequantize() for slot, q in quantized.items()}
                     window.advance(student, weights, self.recipe.batch)
-            for step in refit:
+            for step, following in zip_longest(refit, refit[1:]):
                 window = Window(self.skeleton, step.blocks, calls, self.kept)
-                self._finish(step, window, at_fork, teacher, head, stage, watcher)
+                quantized = self._finish(step, window, at_fork, teacher, head, stage, watcher)
+                if following is not None:  # the window shrinks: its first block stays as it is now
+                    weights = {slot: q.dequantize() for slot, q in quantized.items()}
+                    fixed = Window(self.skeleton, step.blocks[:1], calls, self.kept)
+                    fixed.advance(at_fork, weights, self.recipe.batch)
 
     def _finish(
         self,
@@ -170,11 +197,20 @@ class Walk:
         if self.folder.has(step.key):
             stage.advance(self._cost(step))
             return {s: self.folder.load(step.key, recipe.grid, s.name).to(device) for s in window.slots}
-        data = Data(student, teacher, self.rows.weights.to(device), step.train, self.held_out)
+        targets = teacher
+        if step.refit and recipe.teacher_last == "quantized":
+            targets = student.clone()
+            window.advance(targets, {}, recipe.batch)
+        following = self.rows.following.to(device)
+        data = Data(student, targets, self.rows.weights.to(device), following, step.train, self.held_out)
         seed = int(hashlib.sha256(f"{recipe.seed} {step.blocks} {step.objective}".encode()).hexdigest()[:15], 16)
-        schedule = Schedule(step.steps, step.batch, recipe.checks, recipe.learning_of, seed)
+        learning = partial(recipe.learning_of, last=step.refit)
+        schedule = Schedule(step.steps, step.batch, recipe.checks, learning, seed)
         quantizers = window.quantizers(QUANTIZERS[recipe.method], recipe.grid, STARTS[recipe.start])
-        objective = OBJECTIVES[step.objective]
+        for slot, quantizer in quantizers.items():
+            if key := step.starts[step.blocks.index(slot.block)]:
+                self.folder.load_state(key, slot.name, quantizer)
+        objective = OBJECTIVES[step.objective](**(recipe.objective_settings if step.refit else {}))
         began = time.monotonic()
         per_step = self._cost_of_a_step(step)
         fitted = fit(window, quantizers, objective, head, data, schedule, stage, per_step)
@@ -189,9 +225,11 @@ class Walk:
         )
         if head is not None and self.held_out:
             weights = {slot: q.dequantize() for slot, q in fitted.quantized.items()}
-            record["held_out_kl"] = measure(window, weights, OBJECTIVES["lfq"], head, data, recipe.batch)
+            against = replace(data, targets=teacher)
+            record["held_out_kl"] = measure(window, weights, OBJECTIVES["lfq"](), head, against, recipe.batch)
         watcher.detail(_outcome(step, fitted, objective.unit, seconds))
-        self.folder.save(step.key, {slot.name: q for slot, q in fitted.quantized.items()}, record)
+        state = {slot.name: quantizer for slot, quantizer in quantizers.items()} if step.keeps_state else {}
+        self.folder.save(step.key, {slot.name: q for slot, q in fitted.quantized.items()}, record, state)
         stage.advance(self._cost(step) - step.steps * per_step)
         # What a fit leaves behind holds itself in cycles; a window's parameters must not wait for Python to look.
         gc.collect()

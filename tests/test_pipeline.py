@@ -155,6 +155,82 @@ def test_two_final_blocks_are_fitted_together(folder: Path, text: Path, tmp_path
     assert result.fitted_by == "lfq"
 
 
+def test_final_windows_shrink_and_each_keeps_its_first_block(folder: Path, text: Path, tmp_path: Path) -> None:
+    changes = {"final_blocks": 2, "shrink": True, "steps": 20, "start_last": "mse"}
+    run = {"run_folder": tmp_path / "run", "keep_run": True}
+    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, **changes), **run)
+    windows = {(tuple(w["blocks"]), w["objective"]): w for w in result.report["windows"]}
+    assert list(windows) == [((0, 0), "mse"), ((1, 1), "mse"), ((0, 1), "lfq"), ((1, 1), "lfq")]
+    both, last = windows[(0, 1), "lfq"], windows[(1, 1), "lfq"]
+    # Each starts where the one before it ended: at the MSE fit of both blocks, then at their fit together.
+    assert both["held_out"][0][1] == pytest.approx(windows[(1, 1), "mse"]["held_out_kl"], rel=1e-5)
+    assert last["held_out"][0][1] == pytest.approx(both["held_out_kl"], rel=1e-5)
+    assert result.held_out_kl == {"mse": windows[(1, 1), "mse"]["held_out_kl"], "lfq": last["held_out_kl"]}
+    one = logitwise.quantize(folder, tmp_path / "one", recipe(text, **{**changes, "shrink": False}), **run)
+    whole, shrunk = open_source(tmp_path / "one"), open_source(tmp_path / "out")
+    different = {name for name in whole.names() if not torch.equal(whole.read(name), shrunk.read(name))}
+    assert one.held_out_kl["lfq"] > result.held_out_kl["lfq"]
+    assert different
+    assert all(name.startswith("model.layers.1.") for name in different)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"start_last": "mse"},
+        {"teacher_last": "quantized"},
+        {"learning_last": {"scale": {"optimizer": "adam", "rate": 1e-4, "schedule": "linear"}}},
+        {"objective_settings": {"temperature": 2.0}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_an_option_of_the_final_blocks_changes_them_alone(
+    folder: Path, text: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    logitwise.quantize(folder, tmp_path / "plain", recipe(text))
+    logitwise.quantize(folder, tmp_path / "other", recipe(text, **changes))
+    one, other = open_source(tmp_path / "plain"), open_source(tmp_path / "other")
+    different = {name for name in one.names() if not torch.equal(one.read(name), other.read(name))}
+    assert different
+    assert all(name.startswith("model.layers.1.") for name in different)
+
+
+@pytest.mark.parametrize("method", ["rtn", "flexround"])
+def test_a_polished_checkpoint_is_what_was_measured_and_lowers_the_divergence(
+    folder: Path, text: Path, tmp_path: Path, method: str
+) -> None:
+    changes = {"method": method, "scale_dtype": "float16", "polish_steps": 30, "rows_polish": 30}
+    ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
+    run = {"run_folder": tmp_path / "run", "keep_run": True}
+    plain = logitwise.quantize(folder, tmp_path / "plain", recipe(text, **changes, polish=False), **run)
+    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, **changes, polish=True), **run)
+    measures = dict(result.report["polish"]["held_out"])
+    assert result.held_out_kl["polish"] == measures[result.report["polish"]["kept"]] < measures[0]
+    if method != "rtn":
+        assert measures[0] == pytest.approx(plain.held_out_kl[plain.fitted_by], rel=1e-3)
+    assert (logits_of(tmp_path / "out", ids) - dense_logits(folder, tmp_path / "out", ids)).abs().max() < 1e-2
+    one, other = open_source(tmp_path / "plain"), open_source(tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(one.quantized(name).codes, other.quantized(name).codes)
+    assert torch.equal(one.quantized(name).zero, other.quantized(name).zero)
+    assert not torch.equal(one.quantized(name).scale, other.quantized(name).scale)
+    assert not torch.equal(one.read("model.norm.weight"), other.read("model.norm.weight"))
+    again = logitwise.quantize(folder, tmp_path / "again", recipe(text, **changes, polish=True), **run)
+    assert again.report["polish"] == result.report["polish"]
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+
+
+def test_a_polish_that_gains_nothing_leaves_the_scales_and_says_so(folder: Path, text: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    wild = {role: {"optimizer": "adam", "rate": 3.0, "schedule": "cosine"} for role in ("scale", "vector")}
+    changes = {"polish": True, "polish_steps": 4, "polish_learning": wild}
+    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, **changes), watcher=listener)
+    logitwise.quantize(folder, tmp_path / "plain", recipe(text))
+    assert "the polish lowered KL on the held-out rows at no step" in result.unmet[0]
+    assert result.unmet[0] in listener.said
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
+
+
 def test_the_mse_fit_is_kept_where_lfq_is_no_better(
     folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +402,8 @@ def test_what_is_refused_before_any_work(folder: Path, text: Path, tmp_path: Pat
     refused(InputError, "device", folder, out, good.but(device="nowhere"), out=out)
     typo = {"rouding": {"optimizer": "adam", "rate": 1e-3, "schedule": "cosine"}}
     refused(InputError, r"learning\.rouding.*", folder, out, good.but(learning=typo), out=out)
+    refused(InputError, r"polish_learning\.rouding.*", folder, out, good.but(polish_learning=typo), out=out)
+    refused(InputError, r"settings\.heat", folder, out, good.but(objective_settings={"heat": 2}), out=out)
     short = tmp_path / "short.txt"
     short.write_text("too short", encoding="utf-8")
     refused(InputError, "too few", folder, out, good.but(calibration=f"text:{short}"), out=out)

@@ -27,7 +27,7 @@ def test_presets_load(preset: str) -> None:
 
 def test_every_shipped_file_is_a_preset_or_a_methods_own() -> None:
     shipped = {path.stem for path in (PACKAGE / "recipes").glob("*.toml")}
-    assert shipped == set(PRESETS) | set(QUANTIZERS)
+    assert shipped == set(PRESETS) | set(QUANTIZERS) | {"polish"}
 
 
 def test_standard_is_the_default_and_changes_win() -> None:

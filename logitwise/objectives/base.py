@@ -1,16 +1,42 @@
 """What every objective is: a loss of the student given the teacher at a window's end."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from logitwise.objectives.chunked import Rule, head_loss
+from logitwise.objectives.soft import compare
 from logitwise.skeleton import Head
 
 
+@dataclass(frozen=True)
+class Taps:
+    """What a batch gives at a window's end.
+
+    Args:
+        student: what the quantized window puts out.
+        teacher: what the full-precision window puts out.
+        weights: how much each position counts.
+        following: the token after each position.
+        head: what turns hidden states into logits; None where the window does not end with the last block.
+    """
+
+    student: Float[Tensor, "rows tokens d"]
+    teacher: Float[Tensor, "rows tokens d"]
+    weights: Float[Tensor, "rows tokens"]
+    following: Int64[Tensor, "rows tokens"]
+    head: Head | None
+
+
 class Objective(ABC):
-    """A loss between what the quantized window and the full-precision window put out."""
+    """A loss between what the quantized window and the full-precision window put out.
+
+    Subclasses are frozen dataclasses; their fields are the settings that a recipe gives under `objective_settings`.
+    """
 
     reads_head: ClassVar[bool] = False
     """Whether it looks through the head, so that it fits only windows that end with the last block."""
@@ -19,21 +45,44 @@ class Objective(ABC):
     """What `measure` counts in."""
 
     @abstractmethod
-    def loss(
-        self,
-        student: Float[Tensor, "rows tokens d"],
-        teacher: Float[Tensor, "rows tokens d"],
-        weights: Float[Tensor, "rows tokens"],
-        head: Head | None,
-    ) -> Float[Tensor, ""]:
-        """The mean loss of a batch, whose gradient reaches `student` alone."""
+    def loss(self, taps: Taps) -> Float[Tensor, ""]:
+        """The mean loss of a batch, whose gradient reaches `taps.student` alone."""
 
     @abstractmethod
-    def measure(
-        self,
-        student: Float[Tensor, "rows tokens d"],
-        teacher: Float[Tensor, "rows tokens d"],
-        weights: Float[Tensor, "rows tokens"],
-        head: Head | None,
-    ) -> tuple[float, float]:
+    def measure(self, taps: Taps) -> tuple[float, float]:
         """What held-out rows are judged by: a sum over a batch and how much it counts."""
+
+
+class LogitObjective(Objective):
+    """A loss of logits, over the positions that count; both sides pass through the same frozen final norm and head.
+
+    Held-out rows are judged by KL(teacher || student), whatever is minimised: it is what the checkpoint is measured by.
+    """
+
+    reads_head = True
+    unit = "kl"
+
+    @torch.no_grad()
+    def measure(self, taps: Taps) -> tuple[float, float]:
+        student, teacher, weights, following, head = counted(taps)
+        found = compare(student, head, teacher, head, following)
+        shares = weights.double().cpu()
+        return float((found.kl * shares).sum()), float(shares.sum())
+
+
+class RuleObjective(LogitObjective, Rule):
+    """A loss of logits that says, as a rule does, what one token's logits cost."""
+
+    def loss(self, taps: Taps) -> Float[Tensor, ""]:
+        student, teacher, weights, following, head = counted(taps)
+        return head_loss(student, teacher, weights, following, head, self)
+
+
+def counted(taps: Taps) -> tuple[Tensor, Tensor, Tensor, Tensor, Head]:
+    """Student's and teacher's hidden states, weights and following tokens at the positions that count; the head."""
+    assert taps.head is not None
+    counts = taps.weights > 0
+    with torch.no_grad():
+        teacher = taps.head.hidden(taps.teacher[counts])
+    student = taps.head.hidden(taps.student[counts])
+    return student, teacher, taps.weights[counts], taps.following[counts], taps.head

@@ -26,7 +26,7 @@ def show_result(console: Console, result: Result) -> None:
         f"{report['bits_per_weight']:.2f} bits a weight, {report['bits_per_parameter']:.2f} bits a parameter in all"
     )
     if result.held_out_kl:
-        kls = ", ".join(f"{kl:.4f} fitted by {name}" for name, kl in result.held_out_kl.items())
+        kls = ", ".join(f"{name} {kl:.4f}" for name, kl in result.held_out_kl.items())
         console.print(f"held-out KL to full precision, nats a token: {kls}; kept: {result.fitted_by}")
     _show_loading(console, result)
 

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from logitwise.objectives import OBJECTIVES, reference
+from logitwise.objectives import OBJECTIVES, Taps, reference
 from logitwise.skeleton import Head
 
-LFQ = OBJECTIVES["lfq"]
+LFQ = OBJECTIVES["lfq"]()
+FOLLOWING = torch.tensor([[3, 9, 36], [0, 1, 20]])
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -16,7 +17,7 @@ def random(*shape: int, seed: int) -> Tensor:
 def setting() -> tuple[Tensor, Tensor, Tensor, Head]:
     norm = nn.LayerNorm(6).requires_grad_(False)
     norm.weight.copy_(random(6, seed=5))
-    head = Head([norm], random(37, 6, seed=6), random(37, seed=7), 1.0, None)
+    head = Head({"norm": norm}, random(37, 6, seed=6), random(37, seed=7), 1.0, None)
     weights = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 2.0]])
     return random(2, 3, 6, seed=1), random(2, 3, 6, seed=2), weights, head
 
@@ -24,7 +25,7 @@ def setting() -> tuple[Tensor, Tensor, Tensor, Head]:
 def test_loss_is_soft_cross_entropy_after_the_norm_over_counted_positions() -> None:
     student, teacher, weights, head = setting()
     leaf, plain = student.clone().requires_grad_(), student.clone().requires_grad_()
-    loss = LFQ.loss(leaf, teacher, weights, head)
+    loss = LFQ.loss(Taps(leaf, teacher, weights, FOLLOWING, head))
     loss.backward()
     z_student, z_teacher = (head.logits(head.hidden(x)).view(6, 37) for x in (plain, teacher))
     expected = reference.soft_cross_entropy(z_student, z_teacher, weights.view(6))
@@ -37,17 +38,17 @@ def test_loss_is_soft_cross_entropy_after_the_norm_over_counted_positions() -> N
 
 def test_measure_is_the_weighted_divergence() -> None:
     student, teacher, weights, head = setting()
-    total, count = LFQ.measure(student, teacher, weights, head)
+    total, count = LFQ.measure(Taps(student, teacher, weights, FOLLOWING, head))
     z_student, z_teacher = (head.logits(head.hidden(x)).double().view(6, 37) for x in (student, teacher))
     kl = reference.divergence(z_student, z_teacher)
     assert count == 3.5
     assert abs(total - float((kl * weights.view(6)).sum())) <= 1e-5
-    assert LFQ.measure(teacher, teacher, weights, head) == (0.0, 3.5)
+    assert LFQ.measure(Taps(teacher, teacher, weights, FOLLOWING, head)) == (0.0, 3.5)
 
 
 def test_held_out_rows_where_nothing_counts_add_nothing() -> None:
     student, teacher, weights, head = setting()
-    assert LFQ.measure(student, teacher, torch.zeros_like(weights), head) == (0.0, 0.0)
+    assert LFQ.measure(Taps(student, teacher, torch.zeros_like(weights), FOLLOWING, head)) == (0.0, 0.0)
 
 
 def test_only_the_student_gets_a_gradient() -> None:
@@ -56,7 +57,7 @@ def test_only_the_student_gets_a_gradient() -> None:
     teacher.requires_grad_()
     head.requires_grad_()
     head.weight.requires_grad_()
-    LFQ.loss(student, teacher, weights, head).backward()
+    LFQ.loss(Taps(student, teacher, weights, FOLLOWING, head)).backward()
     assert student.grad is not None
     assert teacher.grad is None
     assert head.weight.grad is None

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from logitwise.objectives import OBJECTIVES
+from logitwise.objectives import OBJECTIVES, Taps
 
-MSE = OBJECTIVES["mse"]
+MSE = OBJECTIVES["mse"]()
+NONE = torch.zeros(1, 1, dtype=torch.int64)
 
 
 def test_loss_and_measure_are_the_plain_sums() -> None:
@@ -15,9 +16,9 @@ def test_loss_and_measure_are_the_plain_sums() -> None:
     weights = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 2.0]])
     differences = (student.double() - teacher.double()).detach()
     total = sum(float(x) ** 2 for x in differences.flatten())
-    loss = MSE.loss(student, teacher.detach(), weights, None)
+    loss = MSE.loss(Taps(student, teacher.detach(), weights, NONE.expand(2, 3), None))
     assert loss.item() == pytest.approx(total / 30, rel=1e-6)
-    found, count = MSE.measure(student.detach(), teacher.detach(), weights, None)
+    found, count = MSE.measure(Taps(student.detach(), teacher.detach(), weights, NONE.expand(2, 3), None))
     assert found == pytest.approx(total, rel=1e-6)
     assert count == 30
     loss.backward()
@@ -26,7 +27,7 @@ def test_loss_and_measure_are_the_plain_sums() -> None:
 
 def test_sixteen_bits_are_subtracted_in_float32() -> None:
     student, teacher = torch.full((1, 1, 4), 256.0).bfloat16(), torch.full((1, 1, 4), 0.5).bfloat16()
-    assert MSE.loss(student, teacher, torch.ones(1, 1), None).item() == 255.5**2
+    assert MSE.loss(Taps(student, teacher, torch.ones(1, 1), NONE, None)).item() == 255.5**2
 
 
 def test_what_it_says_of_itself() -> None:

@@ -29,7 +29,7 @@ def make_head(kind: str, vocabulary: int = 37, d: int = 6, dtype: torch.dtype = 
     made = HEADS[kind]
     bias = random(vocabulary, seed=91, dtype=dtype) if made.get("bias") else None
     cap = float(made["soft_cap"]) if "soft_cap" in made else None
-    return Head([], random(vocabulary, d, seed=90, dtype=dtype), bias, float(made.get("scale", 1.0)), cap)
+    return Head({}, random(vocabulary, d, seed=90, dtype=dtype), bias, float(made.get("scale", 1.0)), cap)
 
 
 def plain_logits(hidden: Tensor, head: Head) -> Tensor:
@@ -119,12 +119,12 @@ def test_float32_is_as_exact_as_the_plain_form_in_float32(kind: str, monkeypatch
 
 
 def test_logits_of_eighty_neither_overflow_nor_vanish() -> None:
-    head = Head([], torch.eye(4), None, 1.0, None)
+    head = Head({}, torch.eye(4), None, 1.0, None)
     student = torch.tensor([[80.0, -80.0, 0.0, 79.0], [-80.0, -80.0, -80.0, -80.0], [-80.0, 80.0, 80.0, -80.0]])
     teacher = torch.tensor([[-80.0, 80.0, 0.0, 0.0], [80.0, -80.0, -80.0, -80.0], [-80.0, 80.0, 80.0, -80.0]])
     weights = torch.ones(3)
     value, gradient = value_and_gradient(soft_cross_entropy, student, teacher, weights, head)
-    exact_head = Head([], torch.eye(4, dtype=torch.float64), None, 1.0, None)
+    exact_head = Head({}, torch.eye(4, dtype=torch.float64), None, 1.0, None)
     expected, expected_gradient = value_and_gradient(
         naive, student.double(), teacher.double(), weights.double(), exact_head
     )

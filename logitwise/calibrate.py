@@ -1,0 +1,92 @@
+"""The rows of a run: those to learn from and those held out, made once and kept in the run folder."""
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from logitwise.calibration import prepare
+from logitwise.calibration.rows import Rows
+from logitwise.errors import CalibrationError
+from logitwise.preflight import Job
+from logitwise.recipe import Recipe
+from logitwise.runfolder import RunFolder, chain
+from logitwise.skeleton import load_whole
+from logitwise.watch import Watcher
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """What a run reads.
+
+    Args:
+        train: rows to learn from.
+        held_out: rows that choose.
+        counts: how much of what there is, and the first row as text.
+    """
+
+    train: Rows
+    held_out: Rows
+    counts: dict[str, Any]
+
+
+def rows_of_run(
+    job: Job, recipe: Recipe, given: Rows | None, folder: RunFolder, root: str, watcher: Watcher
+) -> RunRows:
+    """The rows given in Python, or those that the recipe names, from the run folder or made now.
+
+    Errors: CalibrationError.
+    """
+    if given is not None:
+        train, held = split(given, recipe)
+        counts = {"rows": len(train), "held_out_rows": len(held), "counted_tokens": train.counted()}
+        found = RunRows(train, held, counts)
+    else:
+        found = _calibrate(job, recipe, folder, root, watcher)
+    said = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in found.counts.items() if name != "first")
+    watcher.say(f"calibration: {said}")
+    return found
+
+
+def split(rows: Rows, recipe: Recipe) -> tuple[Rows, Rows]:
+    """Given rows as those to learn from and those held out, the last ones.
+
+    Errors: CalibrationError where one of the two is left with nothing that counts.
+    """
+    count = recipe.held_out if recipe.held_out is not None else max(16, len(rows) // 8)
+    cut = max(0, len(rows) - count)
+    train, held = rows[:cut], rows[cut:]
+    if not train.counted() or (count and not held.counted()):
+        raise CalibrationError(
+            f"{len(rows)} rows cannot be learned from",
+            f"the last {count} are held out, {cut} are left, and in both some position must have a weight above 0",
+            "give more rows, or a smaller held_out",
+        )
+    return train, held
+
+
+def _calibrate(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: Watcher) -> RunRows:
+    most = max(recipe.rows, recipe.rows_last or 0, (recipe.polish and recipe.rows_polish) or 0)
+    asked = recipe.model_dump(include={"calibration", "row_tokens", "seed"})
+    key = chain(root, most=most, held_out=recipe.held_out_rows, **asked)
+    if not folder.has(key):
+        own = recipe.calibration.partition(":")[0] == "self"
+        title = "Writing calibration text" if own else "Reading calibration text"
+        with watcher.stage(title, (most + recipe.held_out_rows) * recipe.row_tokens) as stage:
+            made = prepare(
+                recipe.calibration,
+                job.source.tokenizer(),
+                lambda: load_whole(job.source, job.skeleton.device, job.skeleton.dtype),
+                rows=most,
+                held_out=recipe.held_out_rows,
+                row_tokens=recipe.row_tokens,
+                seed=recipe.seed,
+                progress=lambda done, total: stage.reach(done),
+            )
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        folder.save_rows(key, made.rows, made.held_out, {**made.counts, "first": made.first_row_text})
+        folder.note("first_row.txt", made.first_row_text)
+    return RunRows(*folder.load_rows(key), folder.record(key))

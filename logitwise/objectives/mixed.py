@@ -1,0 +1,24 @@
+"""Both at once: the window's mean squared error with the soft cross-entropy beside it."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from logitwise.objectives.base import Taps
+from logitwise.objectives.lfq import LogitAware
+from logitwise.objectives.mse import MeanSquaredError
+
+
+@dataclass(frozen=True)
+class Mixed(LogitAware):
+    """share * soft cross-entropy + mean squared error, the latter over all positions.
+
+    Args:
+        share: what a nat of cross-entropy counts beside a unit of squared error.
+    """
+
+    share: float = 1.0
+
+    def loss(self, taps: Taps) -> Float[Tensor, ""]:
+        return self.share * super().loss(taps) + MeanSquaredError().loss(taps)
