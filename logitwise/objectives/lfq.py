@@ -33,7 +33,7 @@ class LogitAware(Objective):
         counted = weights > 0
         with torch.no_grad():
             target = head.hidden(teacher[counted])
-        return soft_cross_entropy(head.hidden(student[counted]), target, weights[counted], head)
+        return soft_cross_entropy(head.hidden(student[counted]), target, weights[counted], head).cross_entropy
 
     @torch.no_grad()
     def measure(

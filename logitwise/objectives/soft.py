@@ -1,80 +1,111 @@
-"""Soft cross-entropy from hidden states, in chunks: no [tokens, vocabulary] tensor ever lives.
+"""Soft cross-entropy from hidden states, and how far a student's token probabilities are from a teacher's.
 
-    z_t = logits(teacher), z_s = logits(student)
-    loss = -sum_i w_i sum_j softmax(z_t)_ij log softmax(z_s)_ij / sum_i w_i
+    p = softmax(logits(teacher) / T), q = softmax(logits(student) / T)
+    cross-entropy = -sum_j p_j log q_j,    entropy = -sum_j p_j log p_j,    KL(p || q) is their difference
+    d cross-entropy / d logits(student) = (q - p) / T
 
-The gradient is computed in the forward pass, chunk by chunk, since the loss is a scalar whose gradient is only scaled
-later: dloss / dz_s = w_i (softmax(z_s) - softmax(z_t)) / sum w. A chunk costs three products with the head: teacher
-logits, student logits, and the gradient to the student's hidden states. The head is frozen and gets none.
+On CUDA with triton, `soft_triton.py` computes it in one kernel; everywhere else `eager` does, in chunks.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from logitwise.objectives.chunked import Rule, chunk_tokens, counted, head_loss
 from logitwise.skeleton import Head
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits held at a time on each side: 64 MiB in float32."""
 
+class SoftLoss(NamedTuple):
+    """Means over the positions that count, in nats; KL(teacher || student) is their difference.
 
-def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of positions whose logits fit into one chunk; one empty slice where there are no positions."""
-    step = max(1, CHUNK_ELEMENTS // vocabulary)
-    for start in range(0, max(1, tokens), step):
-        yield slice(start, min(start + step, tokens))
+    Args:
+        cross_entropy: from the teacher's token probabilities to the student's; carries the gradient.
+        entropy: of the teacher's token probabilities; carries none.
+    """
 
-
-class _SoftCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, student: Tensor, teacher: Tensor, weights: Tensor, head: Head
-    ) -> Tensor:
-        total = weights.sum()
-        loss = torch.zeros(
-            (), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32, device=student.device
-        )
-        gradient = torch.empty_like(student)
-        for part in chunks(student.shape[0], head.weight.shape[0]):
-            share = (weights[part] / total).unsqueeze(-1)
-            target = torch.softmax(head.logits(teacher[part]), -1)
-            z = head.logits(student[part])
-            q = torch.log_softmax(z, -1)
-            loss -= (share * (target * q)).sum()
-            slope = share * q.exp_().sub_(target)
-            if head.soft_cap is not None:
-                slope *= 1 - (z / head.soft_cap) ** 2  # d tanh
-            if head.scale != 1:
-                slope *= head.scale
-            gradient[part] = slope.to(head.weight.dtype) @ head.weight
-        ctx.save_for_backward(gradient)
-        return loss
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient * upstream.to(gradient.dtype), None, None, None
+    cross_entropy: Float[Tensor, ""]
+    entropy: Float[Tensor, ""]
 
 
 def soft_cross_entropy(
-    student: Float[Tensor, "tokens d"], teacher: Float[Tensor, "tokens d"], weights: Float[Tensor, "tokens"], head: Head
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats from the teacher's token probabilities to the student's; see the module's text.
+    student: Float[Tensor, "tokens d"],
+    teacher: Float[Tensor, "tokens d"],
+    weights: Float[Tensor, "tokens"],
+    head: Head,
+    temperature: float = 1.0,
+) -> SoftLoss:
+    """Mean cross-entropy from the teacher's token probabilities to the student's. On final logits it is, for a token,
+
+        p, log_q = softmax(teacher / temperature, -1), log_softmax(student / temperature, -1)
+        -(p * log_q).sum(-1)
 
     Args:
         student, teacher: hidden states that the vocabulary projection reads (final norm applied).
         weights: how much each position counts; positions of weight 0 are left out.
         head: the frozen head of both.
+        temperature: divides both sides' final logits (Hinton et al., 2015, arXiv 1503.02531). Loss and gradient are
+            not multiplied by its square, as that paper does to keep their size beside another loss.
 
     The gradient reaches `student` alone.
     """
-    counted = weights > 0
-    given = student[counted], teacher[counted].detach(), weights[counted]
-    loss: Tensor = _SoftCrossEntropy.apply(*given, head)  # type: ignore[no-untyped-call]
-    return loss
+    if student.is_cuda and head.weight.dtype != torch.float64 and _has_triton():
+        from logitwise.objectives import soft_triton
+
+        return SoftLoss(*soft_triton.soft_cross_entropy(student, teacher, weights, head, temperature))
+    return eager(student, teacher, weights, head, temperature)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+class _Soft(Rule):
+    """Cross-entropy at a temperature; notes the teacher's entropy at each token on the way."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.entropies: list[Tensor] = []
+
+    def __call__(
+        self, z: Float[Tensor, "n vocabulary"], target: Float[Tensor, "n _"], following: Int64[Tensor, "n"]
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n vocabulary"]]:
+        log_p = torch.log_softmax(target.div_(self.temperature), -1)
+        log_q = torch.log_softmax(z.div_(self.temperature), -1)
+        p = log_p.exp()
+        self.entropies.append(-log_p.mul_(p).sum(-1))
+        losses = -(p * log_q).sum(-1)
+        return losses, log_q.exp_().sub_(p).div_(self.temperature)
+
+
+def eager(
+    student: Float[Tensor, "tokens d"],
+    teacher: Float[Tensor, "tokens d"],
+    weights: Float[Tensor, "tokens"],
+    head: Head,
+    temperature: float = 1.0,
+) -> SoftLoss:
+    """`soft_cross_entropy` in PyTorch's own operations, on any device."""
+    rule = _Soft(temperature)
+    unused = torch.zeros(len(student), dtype=torch.int64, device=student.device)
+    cross_entropy = head_loss(student, teacher, weights, unused, head, rule)
+    entropy = torch.zeros_like(cross_entropy)
+    for _, shares in counted(weights.to(entropy.dtype), len(weights)):
+        entropy = (shares * torch.cat(rule.entropies)).sum()
+    return SoftLoss(cross_entropy, entropy)
+
+
+def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of positions whose logits fit into one chunk; one empty slice where there are no positions."""
+    step = chunk_tokens(vocabulary)
+    for start in range(0, max(1, tokens), step):
+        yield slice(start, min(start + step, tokens))
 
 
 @dataclass(frozen=True)
