@@ -17,7 +17,9 @@ from urllib.request import Request, urlopen
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TEXT = "The tides follow the moon. Twice a day the sea comes up the beach, and twice it goes back, because the Moon pulls"
+TEXT = (
+    "The tides follow the moon. Twice a day the sea comes up the beach, and twice it goes back, because the Moon pulls"
+)
 QUESTION = "What is the capital of France?"
 PORT = 8765
 
