@@ -18,28 +18,34 @@ from logitwise.objectives.chunked import counted, with_gradient
 from logitwise.skeleton import Head
 
 BUDGET = 480 << 20
-"""Bytes of projections and gradient together; the rest of 512 MiB is for one chunk's hidden states and their product."""
+"""Bytes of projections and gradient together; the rest of 512 MiB is for a chunk's hidden states and their product."""
 
 TILE = 2048
 WARPS = 8
-LOWEST = tl.constexpr(-1e30)
-"""Stands for -infinity, without its infinity - infinity."""
+LOWEST = tl.constexpr(-1e15)
+"""Stands for -infinity, whose difference from itself would be no number."""
 
 
 # The import hook that checks types in tests must not wrap what Triton compiles.
 @triton.jit
 @no_type_check
 def _logits(row, columns, inside, bias, inner, outer, HAS_BIAS, HAS_CAP):
-    """Final logits over the temperature: inner * x, or outer * tanh(inner * x), x the projection with its bias."""
+    """Final logits over the temperature, inner * x or outer * tanh(inner * x), and the slope of the tanh, or 1.
+
+    x is the projection with its bias.
+    """
     z = tl.load(row + columns, mask=inside, other=0.0)
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     z *= inner
+    bend = 1.0
     if HAS_CAP:
         decay = tl.exp(-2.0 * tl.abs(z))  # never above 1
-        tanh = (1.0 - decay) / (1.0 + decay)
+        part = 1.0 / (1.0 + decay)
+        bend = 4.0 * decay * part * part  # 1 - tanh^2 would round to 0 where tanh is close to 1
+        tanh = (1.0 - decay) * part
         z = outer * tl.where(z < 0, -tanh, tanh)
-    return tl.where(inside, z, LOWEST)
+    return tl.where(inside, z, LOWEST), bend
 
 
 @triton.jit
@@ -77,8 +83,8 @@ def _soft_cross_entropy(
     for start in range(0, vocabulary, TILE):
         columns = start + lanes
         inside = columns < vocabulary
-        z = _logits(student, columns, inside, bias, inner, outer, HAS_BIAS, HAS_CAP)
-        t = _logits(teacher, columns, inside, bias, inner, outer, HAS_BIAS, HAS_CAP)
+        z, _ = _logits(student, columns, inside, bias, inner, outer, HAS_BIAS, HAS_CAP)
+        t, _ = _logits(teacher, columns, inside, bias, inner, outer, HAS_BIAS, HAS_CAP)
         z_top = tl.maximum(z_max, z)
         t_top = tl.maximum(t_max, t)
         fade = tl.exp(t_max - t_top)
@@ -103,11 +109,9 @@ def _soft_cross_entropy(
     for start in range(0, vocabulary, TILE):
         columns = start + lanes
         inside = columns < vocabulary
-        z = _logits(student, columns, inside, bias, inner, outer, HAS_BIAS, HAS_CAP)
-        t = _logits(teacher, columns, inside, bias, inner, outer, HAS_BIAS, HAS_CAP)
-        slope = tl.exp(z - z_top) * (1.0 / q_total) - tl.exp(t - t_top) * (1.0 / p_total)
-        if HAS_CAP:
-            slope *= 1.0 - (z / outer) * (z / outer)  # d tanh
+        z, bend = _logits(student, columns, inside, bias, inner, outer, HAS_BIAS, HAS_CAP)
+        t, _ = _logits(teacher, columns, inside, bias, inner, outer, HAS_BIAS, HAS_CAP)
+        slope = bend * (tl.exp(z - z_top) * (1.0 / q_total) - tl.exp(t - t_top) * (1.0 / p_total))
         # Slopes are no wider than projections, so this tile's end nowhere beyond what it read; but all threads must
         # have read this tile, and with it those before, ere one of them writes.
         tl.debug_barrier()
@@ -123,7 +127,7 @@ def chunk_rows(vocabulary: int, gradient_bytes: int) -> int:
 
 
 def _product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], out: Float[Tensor, "m n"]) -> None:
-    """A @ b into `out`, which is float32 also where both are held in 16 bits."""
+    """The product a @ b into `out`, which is float32 also where both are held in 16 bits."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
