@@ -1,0 +1,150 @@
+"""When the logit objective helps, on cot-22m: variants of the final blocks' fit and the polish, by grid and seed.
+
+    python benchmarks/lfq_variants.py --model DIR --eval DIR --out results.json [--jobs 12] [--variants mse lfq ...]
+
+Calibrated on `rows(tokenizer, 512, 1)` of eval/cot_rows.py; measured on the development rows `rows(tokenizer, 64, 2000)`
+and on `final_rows`, by the checkpoints as they are read back from disk. One process for each grid and seed; variants of
+a process share the blocks that they have in common. `benchmarks/tables.py` makes the tables.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import logitwise
+from logitwise.calibration.rows import Rows
+from logitwise.machine import versions
+from logitwise.measure.likelihood import as_json, likelihood, outputs
+from logitwise.skeleton import Skeleton
+from logitwise.source import open_source
+
+GRIDS: dict[str, dict[str, Any]] = {
+    "w2g64": {"bits": 2, "group_size": 64},
+    "w2ch": {"bits": 2, "group_size": None},
+    "w3ch": {"bits": 3, "group_size": None},
+    "w4ch": {"bits": 4, "group_size": None},
+}
+FITS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn", "objective": "mse"},
+    "mse": {"objective": "mse"},
+    "logit_mse": {"objective": "logit_mse"},
+    "hard_labels": {"objective": "hard_labels"},
+    "lfq": {},
+    "lfq K=2": {"final_blocks": 2},
+    "lfq K=4": {"final_blocks": 4},
+    "lfq K=4 shrinking": {"final_blocks": 4, "shrink": True},
+    "lfq from mse": {"start_last": "mse"},
+    "lfq quantized teacher": {"teacher_last": "quantized"},
+}
+VARIANTS = FITS | {f"{name}+polish": {**settings, "polish": True} for name, settings in FITS.items()}
+DEFAULT = [f"{name}{end}" for name in list(FITS)[:7] for end in ("", "+polish")]
+
+
+def main() -> None:
+    """The parent starts a process for each grid and seed, and gathers what they have found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--eval", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=GRIDS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=VARIANTS)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--set", nargs="*", default=[], help="recipe keys of every variant, as key=value")
+    parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.only:
+        work(given)
+        return
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        waiting = [(grid, seed) for seed in given.seeds for grid in given.grids]
+        running: list[subprocess.Popen[bytes]] = []
+        files: list[Path] = []
+        while waiting or any(process.poll() is None for process in running):
+            while waiting and sum(process.poll() is None for process in running) < given.jobs:
+                grid, seed = waiting.pop(0)
+                files.append(Path(temporary) / f"{grid}_{seed}.json")
+                own = ["--grids", grid, "--seeds", str(seed), "--only", str(files[-1])]
+                running.append(subprocess.Popen([sys.executable, *sys.argv, *own]))
+            time.sleep(2)
+            gather(files, given, time.monotonic() - began)
+        gather(files, given, time.monotonic() - began)
+    failed = [process.returncode for process in running if process.returncode]
+    raise SystemExit(f"{len(failed)} of {len(running)} processes failed" if failed else 0)
+
+
+def gather(files: list[Path], given: argparse.Namespace, seconds: float) -> None:
+    """Everything found so far, into --out."""
+    found = [row for file in files if file.exists() for row in json.loads(file.read_text())]
+    device = torch.cuda.get_device_name() if given.device.startswith("cuda") else "cpu"
+    about = {"device": device, "versions": versions(), "arguments": sys.argv[1:], "seconds": round(seconds)}
+    given.out.write_text(json.dumps({**about, "results": found}))
+
+
+def work(given: argparse.Namespace) -> None:
+    """One grid and seed: every variant, quantized and measured."""
+    sys.path.insert(0, str(given.eval))
+    from cot_rows import final_rows
+    from cot_rows import rows as cot_rows
+
+    source = open_source(given.model)
+    tokenizer = source.tokenizer()
+
+    def as_rows(made: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Rows:
+        ids, mask, following = made
+        return Rows(ids, following, mask.float())
+
+    train = as_rows(cot_rows(tokenizer, given.rows, 1))
+    tests = {"development": as_rows(cot_rows(tokenizer, 64, 2000))}
+    tests |= {f"final {kind}": as_rows(final_rows(tokenizer, kind)) for kind in ("both", "solutions", "chat")}
+    skeleton = Skeleton(source, torch.device(given.device), torch.float32)
+    references = {name: outputs(skeleton, source, rows, batch=64) for name, rows in tests.items()}
+    (grid,), (seed,) = given.grids, given.seeds
+    common = {"steps": 300, "rows": given.rows, "row_tokens": 256, "held_out": 16, "batch": 8, "scale_dtype": "float32"}
+    machine = {"device": given.device, "compute_dtype": "float32", "seed": seed}
+    base = {**GRIDS[grid], **common, **machine, **logitwise.recipe.parse_settings(given.set)}
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        run, out = Path(temporary) / "run", Path(temporary) / "out"
+        for name in given.variants:
+            began = time.monotonic()
+            recipe = logitwise.Recipe.load(None, **{**base, **VARIANTS[name]})
+            result = logitwise.quantize(
+                given.model, out, recipe, rows=train, run_folder=run, keep_run=True, overwrite=True
+            )
+            made = open_source(out)
+            figures = {}
+            for where, rows in tests.items():
+                measured = likelihood(outputs(skeleton, made, rows, batch=64), references[where], rows)
+                figures[where] = {**as_json(measured), "kl_by_row": measured.kl_by_row.tolist()}
+            found.append(
+                {
+                    "grid": grid,
+                    "seed": seed,
+                    "variant": name,
+                    "settings": given.set,
+                    "fitted_by": result.fitted_by,
+                    "held_out_kl": result.held_out_kl,
+                    "bits_per_weight": result.report["bits_per_weight"],
+                    "polish": result.report["polish"] and result.report["polish"]["held_out"],
+                    "seconds": round(time.monotonic() - began, 1),
+                    "figures": figures,
+                }
+            )
+            given.only.write_text(json.dumps(found))
+            kl = " ".join(f"{where} {f['kl']['mean']:.4f}" for where, f in figures.items())
+            print(f"{grid} seed {seed} {name} ({found[-1]['seconds']} s): {kl}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
