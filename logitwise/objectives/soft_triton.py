@@ -126,6 +126,11 @@ def chunk_rows(vocabulary: int, gradient_bytes: int) -> int:
     return max(64, (BUDGET - gradient_bytes) // (8 * vocabulary) // 64 * 64)
 
 
+def _projections(rows: int, vocabulary: int, device: torch.device) -> Float[Tensor, "rows vocabulary"]:
+    """Room for projections; every row starts where vector loads and cuBLAS like it, whatever the vocabulary."""
+    return torch.empty(rows, triton.cdiv(vocabulary, 16) * 16, device=device)[:, :vocabulary]
+
+
 def _product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], out: Float[Tensor, "m n"]) -> None:
     """The product a @ b into `out`, which is float32 also where both are held in 16 bits."""
     if a.dtype == out.dtype:
@@ -134,6 +139,36 @@ def _product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], out: Float[Tensor
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:  # Triton's interpreter, in tests
         out.copy_(a @ b)
+
+
+def _slopes(
+    z: Float[Tensor, "rows vocabulary"], head: Head, temperature: float
+) -> tuple[Float[Tensor, "n vocabulary"], Float[Tensor, "2 n"]]:
+    """From projections of n students and then n teachers: q - p over the students', cross-entropies and entropies.
+
+    The slopes lack the factor scale / temperature, which is the same for all.
+    """
+    n, vocabulary = len(z) // 2, z.shape[1]
+    slopes = z[:n].view(head.weight.dtype)[:, :vocabulary]
+    figures = torch.empty(2, n, device=z.device)
+    _soft_cross_entropy[(n,)](
+        z[:n],
+        z[n:],
+        slopes,
+        z if head.bias is None else head.bias,
+        figures[0],
+        figures[1],
+        vocabulary,
+        z.stride(0),
+        slopes.stride(0),
+        head.scale / (temperature if head.soft_cap is None else head.soft_cap),
+        1.0 if head.soft_cap is None else head.soft_cap / temperature,
+        HAS_BIAS=head.bias is not None,
+        HAS_CAP=head.soft_cap is not None,
+        TILE=TILE,
+        num_warps=WARPS,
+    )
+    return slopes, figures
 
 
 def soft_cross_entropy(
@@ -149,42 +184,20 @@ def soft_cross_entropy(
     gradient among them, unless that gradient leaves no room for 64 positions.
     """
     vocabulary, d = head.weight.shape
-    capped, scale = head.soft_cap is not None, head.scale
-    inner = scale / (head.soft_cap or temperature)
-    outer = (head.soft_cap or 1.0) / temperature
     with torch.no_grad(), torch.cuda.device_of(student):
         gradient = torch.zeros_like(student)
         means = torch.zeros(2, device=student.device)
         rows = min(chunk_rows(vocabulary, gradient.nbytes), max(1, len(student)))
-        width = triton.cdiv(vocabulary, 16) * 16  # every row starts where vector loads and cuBLAS like it
-        projections = torch.empty(2 * rows, width, device=student.device)
+        projections = _projections(2 * rows, vocabulary, student.device)
         products = torch.empty(rows, d, device=student.device)
         for index, share in counted(weights.float(), rows):
             n = len(index)
-            z = projections[: 2 * n, :vocabulary]
-            _product(torch.cat((student[index], teacher[index])), head.weight.T, out=z)
-            slopes = projections[:n].view(head.weight.dtype)[:, :vocabulary]
-            figures = torch.empty(2, n, device=student.device)
-            _soft_cross_entropy[(n,)](
-                z[:n],
-                z[n:],
-                slopes,
-                z if head.bias is None else head.bias,
-                figures[0],
-                figures[1],
-                vocabulary,
-                z.stride(0),
-                slopes.stride(0),
-                inner,
-                outer,
-                HAS_BIAS=head.bias is not None,
-                HAS_CAP=capped,
-                TILE=TILE,
-                num_warps=WARPS,
-            )
+            _product(torch.cat((student[index], teacher[index])), head.weight.T, out=projections[: 2 * n])
+            slopes, figures = _slopes(projections[: 2 * n], head, temperature)
             means += (figures * share).sum(-1)
             _product(slopes, head.weight, out=products[:n])
             # A share of a probability is below what float16 can hold, so the product comes first.
-            gradient[index] = products[:n].mul_((share * (scale / temperature)).unsqueeze(-1)).to(gradient.dtype)
+            factor = (share * (head.scale / temperature)).unsqueeze(-1)
+            gradient[index] = products[:n].mul_(factor).to(gradient.dtype)
     cross_entropy, entropy = means
     return with_gradient(student, cross_entropy, gradient), entropy
