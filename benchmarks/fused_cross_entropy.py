@@ -72,7 +72,7 @@ def make(tokens: int, d: int, vocabulary: int) -> Given:
     teacher = torch.randn(tokens, d, device=DEVICE)
     student = (teacher + torch.randn(tokens, d, device=DEVICE) / 3).to(DTYPE).requires_grad_()
     slopes = torch.randn(tokens, vocabulary, device=DEVICE, dtype=DTYPE).div_(vocabulary)
-    head = Head([], weight, None, 1.0, None)
+    head = Head({}, weight, None, 1.0, None)
     return Given(student, teacher.to(DTYPE), torch.ones(tokens, device=DEVICE), head, slopes)
 
 
