@@ -2,9 +2,9 @@
 
     python benchmarks/lfq_variants.py --model DIR --eval DIR --out results.json [--jobs 12] [--variants mse lfq ...]
 
-Calibrated on `rows(tokenizer, 512, 1)` of eval/cot_rows.py; measured on the development rows `rows(tokenizer, 64, 2000)`
-and on `final_rows`, by the checkpoints as they are read back from disk. One process for each grid and seed; variants of
-a process share the blocks that they have in common. `benchmarks/tables.py` makes the tables.
+Calibrated on `rows(tokenizer, 512, 1)` of eval/cot_rows.py; measured on the development rows `rows(tokenizer, 64,
+2000)` and on `final_rows`, by the checkpoints as they are read back from disk. One process for each grid and seed;
+variants of a process share the blocks that they have in common. `benchmarks/tables.py` makes the tables.
 """
 
 import argparse

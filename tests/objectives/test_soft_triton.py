@@ -123,7 +123,8 @@ def test_the_gradient_vanishes_where_the_student_is_the_teacher(dtype: torch.dty
     weights = torch.ones(3, device=DEVICE)
     head = make_head("all", 70, 8, dtype, DEVICE)
     _, gradient = value_and_gradient(cross_entropy, hidden, hidden.clone(), weights, head)
-    assert torch.equal(gradient, torch.zeros_like(gradient))
+    # Compilers fuse the two sides' sums differently, so that they agree to rounding; a slope is about 1 / 70.
+    assert gradient.abs().max() <= 1e-7 * head.weight.abs().max()
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
