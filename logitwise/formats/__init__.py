@@ -18,12 +18,10 @@ def choose(grid: Grid) -> tuple[Format, str]:
     reason = chosen.holds(grid)
     if reason is not None:
         raise FormatError("no format holds this grid", reason, "choose other bits, group size or --scale-dtype")
-    loader = "transformers" if grid.bits in (2, 4, 8) else "transformers (with compressed-tensors 0.18 or later)"
-    if not grid.symmetric:
-        loader += ", which dequantizes it while loading,"
+    loader = "transformers" if grid.bits in (2, 4, 8) else "transformers with compressed-tensors 0.18"
     # On a CPU, vLLM 0.32 has a kernel for 4 bits only; what it serves on a GPU is read from its source, not run.
-    served = "vLLM" if grid.bits == 4 else "vLLM on a GPU (by its source; not on a CPU)"
-    return chosen, f"at {grid.bits} bits {chosen.name} loads in {loader} and in {served}"
+    served = "vLLM" if grid.bits == 4 else "vLLM on a GPU"
+    return chosen, f"{loader} loads it at {grid.bits} bits, and so does {served}"
 
 
 __all__ = ["FORMATS", "CompressedTensors", "Format", "choose"]

@@ -21,7 +21,7 @@ BUDGET = 480 << 20
 """Bytes of projections and gradient together; the rest of 512 MiB is for a chunk's hidden states and their product."""
 
 TILE = 2048
-WARPS = 4
+WARPS = 8
 LOWEST = tl.constexpr(-1e15)
 """Stands for -infinity, whose difference from itself would be no number."""
 
