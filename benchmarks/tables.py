@@ -29,7 +29,8 @@ def main() -> None:
             grids[row["grid"]][row["variant"]][row["seed"]] = row["figures"][given.where]
     for grid, variants in grids.items():
         print(f"\n{grid}, {given.where} rows\n")
-        print(f"| variant | seeds | KL | less than {given.against}, 95 % | top-1 | perplexity |\n|---|---|---|---|---|---|")
+        print(f"| variant | seeds | KL | less than {given.against}, 95 % | top-1 | perplexity |")
+        print("|---" * 6 + "|")
         for name, by_seed in variants.items():
             print(f"| {name} | {line(by_seed, variants.get(given.against, {}))} |")
 
