@@ -68,10 +68,10 @@ def split(rows: Rows, recipe: Recipe) -> tuple[Rows, Rows]:
 
 def _calibrate(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: Watcher) -> RunRows:
     most = max(recipe.rows, recipe.rows_last or 0, (recipe.polish and recipe.rows_polish) or 0)
-    asked = recipe.model_dump(include={"calibration", "row_tokens", "seed"})
+    asked = recipe.model_dump(include={"calibration", "row_tokens", "seed", "temperature"})
     key = chain(root, most=most, held_out=recipe.held_out_rows, **asked)
     if not folder.has(key):
-        own = recipe.calibration.partition(":")[0] == "self"
+        own = recipe.calibration.partition(":")[0] in ("self", "server")
         title = "Writing calibration text" if own else "Reading calibration text"
         with watcher.stage(title, (most + recipe.held_out_rows) * recipe.row_tokens) as stage:
             made = prepare(
@@ -82,6 +82,7 @@ def _calibrate(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: 
                 held_out=recipe.held_out_rows,
                 row_tokens=recipe.row_tokens,
                 seed=recipe.seed,
+                temperature=recipe.temperature,
                 progress=lambda done, total: stage.reach(done),
             )
         gc.collect()

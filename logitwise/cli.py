@@ -45,7 +45,7 @@ def quantize(
     format: Annotated[str | None, typer.Option("--format", help="auto or compressed-tensors.")] = None,
     scale_dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="self, self:PROMPTS, text:FILE, jsonl:FILE or hf:NAME.")
+        str | None, typer.Option(help="self, self:PROMPTS, server:URL, text:FILE, jsonl:FILE or hf:NAME.")
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Calibration rows.")] = None,
     row_tokens: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,

@@ -69,7 +69,8 @@ class Recipe(_Frozen):
     learning: dict[str, Learning] | None = Field(None, description="by role; None: the method's own")
     learning_last: dict[str, Learning] | None = Field(None, description="of the final blocks; None: as `learning`")
 
-    calibration: str = Field("self", description="self, self:FILE, text:FILE, jsonl:FILE or hf:NAME")
+    calibration: str = Field("self", description="self, self:FILE, server:URL, text:FILE, jsonl:FILE, hf:NAME")
+    temperature: float = Field(1.0, ge=0, description="of the sampling of calibration text; 0: the likeliest token")
     rows: int = Field(256, ge=1, description="calibration rows")
     rows_last: int | None = Field(None, ge=1, description="calibration rows of the final blocks; None: as `rows`")
     row_tokens: int = Field(512, ge=8, description="tokens a row")

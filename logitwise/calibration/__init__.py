@@ -17,12 +17,13 @@ from logitwise.calibration.holdout import set_aside
 from logitwise.calibration.jsonl import read_jsonl
 from logitwise.calibration.prompts import prompts_of_file, shipped_prompts
 from logitwise.calibration.rows import Document, Rows, pack
+from logitwise.calibration.server import ask_answers, served_model
 from logitwise.calibration.text import read_text, read_utf8
 from logitwise.errors import CalibrationError
 
 __all__ = ["Calibration", "check_spec", "documents_of", "prepare"]
 
-KINDS = "self, self:FILE, text:FILE, jsonl:FILE, hf:NAME"
+KINDS = "self, self:FILE, server:URL, text:FILE, jsonl:FILE, hf:NAME"
 ANSWER_TOKENS = 256  # the longest answer of the model's own text
 ANSWER_BATCH = 96
 DOCUMENT_LEAST = 32  # tokens; a templated prompt and its answer are hardly ever shorter, so prompts do not run out
@@ -55,6 +56,8 @@ def check_spec(spec: str) -> None:
             pass
         case "self", file:
             prompts_of_file(Path(file))
+        case "server", url:
+            served_model(url)
         case "hf", _:
             check_installed()
         case _, file:
@@ -68,13 +71,15 @@ def documents_of(
     *,
     tokens: int,
     seed: int,
+    temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Document]:
-    """The documents that a spec (self, self:FILE, text:FILE, jsonl:FILE, hf:NAME) stands for.
+    """The documents that a spec (self, self:FILE, server:URL, text:FILE, jsonl:FILE, hf:NAME) stands for.
 
     Args:
         model_loader: loads the whole model; called for the model's own text only, and the model let go after.
         tokens: how many to write or to fetch; files are read whole.
+        temperature: of the sampling, where text is written.
         progress: called with the tokens written and `tokens`.
 
     Errors: CalibrationError for an unknown kind, or text that cannot be read.
@@ -89,6 +94,18 @@ def documents_of(
                 tokens=tokens,
                 answer_tokens=ANSWER_TOKENS,
                 batch=ANSWER_BATCH,
+                temperature=temperature,
+                seed=seed,
+                progress=progress,
+            )
+        case "server", url:
+            return ask_answers(
+                url,
+                tokenizer,
+                shipped_prompts(max(1, tokens // DOCUMENT_LEAST), seed),
+                tokens=tokens,
+                answer_tokens=ANSWER_TOKENS,
+                temperature=temperature,
                 seed=seed,
                 progress=progress,
             )
@@ -109,6 +126,7 @@ def prepare(
     held_out: int,
     row_tokens: int,
     seed: int,
+    temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Rows to fit on and held-out rows; at most `rows` and `held_out` of `row_tokens` tokens.
@@ -120,7 +138,9 @@ def prepare(
     separator = separator_of(tokenizer)
     # A row more for each side: documents are set aside whole.
     tokens = (rows + held_out + 2) * row_tokens
-    documents = documents_of(spec, tokenizer, model_loader, tokens=tokens, seed=seed, progress=progress)
+    documents = documents_of(
+        spec, tokenizer, model_loader, tokens=tokens, seed=seed, temperature=temperature, progress=progress
+    )
     total = sum(len(document.ids) for document in documents)
     least = row_tokens + 1  # a row and the token that follows it
     if total < (2 * least if held_out else least):
@@ -159,10 +179,10 @@ def split(spec: str) -> tuple[str, str]:
     Errors: CalibrationError for an unknown kind, or one without what it needs.
     """
     kind, colon, rest = spec.partition(":")
-    if kind not in ("self", "text", "jsonl", "hf"):
+    if kind not in ("self", "server", "text", "jsonl", "hf"):
         raise CalibrationError(f"calibration {spec!r} is unknown", f"known are {KINDS}", "choose one of them")
     if not rest and (colon or kind != "self"):
-        what = "a name" if kind == "hf" else "a file"
+        what = {"hf": "a name", "server": "an address"}.get(kind, "a file")
         raise CalibrationError(f"calibration {spec!r} lacks {what}", f"known are {KINDS}", "add it after the colon")
     return kind, rest
 

@@ -99,7 +99,7 @@ def test_the_models_own_text(tmp_path: Path, file: str | None) -> None:
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("books:x", "calibration 'books:x' is unknown\n.*self, self:FILE, text:FILE, jsonl:FILE, hf:NAME"),
+        ("books:x", "calibration 'books:x' is unknown\n.*self, self:FILE, server:URL, text:FILE, jsonl:FILE, hf:NAME"),
         ("text", "calibration 'text' lacks a file"),
         ("hf:", "calibration 'hf:' lacks a name"),
         ("self:", "calibration 'self:' lacks a file"),

@@ -1,0 +1,91 @@
+"""The pictures of docs/lfq.md.
+
+python benchmarks/pictures.py --results docs/results/lfq_variants_w2_h100.json --out docs/pictures
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "logitwise"  # the same picture, the same bytes
+import matplotlib.pyplot as plt  # noqa: E402
+
+FITS = ("rtn", "mse", "logit_mse", "hard_labels", "lfq")
+NAMES = {"rtn": "round to\nnearest", "mse": "MSE", "logit_mse": "MSE on\nlogits", "hard_labels": "hard\nlabels"}
+PLAIN, POLISHED, INK = "#9aa5b1", "#1f77b4", "#30363d"
+
+
+def main() -> None:
+    """Draws both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--grid", default="w2g64")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    variants(json.loads(given.results.read_text())["results"], given.grid, given.out / "variants.svg")
+    path(given.out / "lfq.svg")
+
+
+def variants(results: list[dict], grid: str, out: Path) -> None:
+    """KL by fit, with and without the polish; dots are seeds."""
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    for index, fit in enumerate(FITS):
+        for shift, end, colour in ((-0.2, "", PLAIN), (0.2, "+polish", POLISHED)):
+            found = [
+                row["figures"]["development"]["kl"]["mean"]
+                for row in results
+                if row["grid"] == grid and row["variant"] == fit + end
+            ]
+            if found:
+                mean = float(np.mean(found))
+                axes.bar(index + shift, mean, 0.38, color=colour)
+                axes.text(index + shift, mean + 0.012, f"{mean:.3f}", ha="center", fontsize=8, color=INK)
+                axes.plot([index + shift] * len(found), found, ".", color=INK, markersize=3)
+    axes.set_xticks(range(len(FITS)), [NAMES.get(fit, fit.upper()) for fit in FITS])
+    axes.set_ylabel("KL to full precision,\nnats a token")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (PLAIN, POLISHED)]
+    axes.legend(handles, ["last block fitted so", "then all scales polished"], frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, out)
+
+
+def path(out: Path) -> None:
+    """Who reads what, and where the gradient goes."""
+    figure, axes = plt.subplots(figsize=(8, 2.8))
+    axes.set(xlim=(0, 100), ylim=(0, 36))
+    axes.axis("off")
+    boxes = {
+        24: ("teacher", "full-precision\nblocks", "last block", PLAIN),
+        6: ("student", "quantized\nblocks", "last block,\nlearned", POLISHED),
+    }
+    for y, (side, before, last, colour) in boxes.items():
+        axes.text(0, y + 3, side, va="center", color=INK)
+        for x, text, fill in ((12, before, PLAIN), (33, last, colour), (54, "final norm,\nhead (frozen)", PLAIN)):
+            axes.add_patch(plt.Rectangle((x, y - 1), 16, 8, facecolor=fill, alpha=0.35, edgecolor=INK, linewidth=0.8))
+            axes.text(x + 8, y + 3, text, ha="center", va="center", fontsize=9, color=INK)
+        for x in (28, 49, 70):
+            axes.annotate("", (x + 5, y + 3), (x, y + 3), arrowprops={"arrowstyle": "->", "color": INK})
+        axes.text(77, y + 3, "p" if side == "teacher" else "q", va="center", fontsize=12, style="italic", color=INK)
+        axes.annotate("", (85, 18), (79, y + 3), arrowprops={"arrowstyle": "->", "color": INK})
+    axes.text(86, 18, "$-\\sum p\\,\\log q$", va="center", fontsize=11, color=INK)
+    axes.annotate(
+        "", (41, 3.5), (92, 15), arrowprops={"arrowstyle": "->", "color": POLISHED, "connectionstyle": "arc3,rad=-0.35"}
+    )
+    axes.text(82, 3.5, "gradient q - p", color=POLISHED, fontsize=9)
+    save(figure, out)
+
+
+def save(figure: plt.Figure, out: Path) -> None:
+    """Without the date, so that the same picture has the same bytes."""
+    figure.tight_layout()
+    figure.savefig(out, metadata={"Date": None}, transparent=False)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The full-precision model's answers from a server that speaks OpenAI's protocol: for models too large to run here.
+
+Prompts go out as token ids, so that the server's template plays no part. An answer comes back as text and is tokenized
+here; where it ended by itself, the token that ends an answer is put after it.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+from logitwise.calibration.chat import prompt_ids, text_ids
+from logitwise.calibration.rows import Document
+from logitwise.errors import CalibrationError, MachineError
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+AT_ONCE = 32
+"""Requests under way at a time; the server batches them."""
+
+
+def served_model(url: str) -> str:
+    """The name of the model that a server serves first.
+
+    Errors: CalibrationError where the client is not installed, or no server answers.
+    """
+    client = _client(url)
+    from openai import OpenAIError
+
+    try:
+        return next(iter(client.models.list())).id
+    except (OpenAIError, StopIteration) as error:
+        raise CalibrationError(
+            f"the server at {url} does not answer",
+            str(error) or "it serves no model",
+            "start it, and give the address that ends in /v1: --calibration server:http://localhost:8000/v1",
+        ) from error
+
+
+def ask_answers(
+    url: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    answer_tokens: int,
+    temperature: float,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Document]:
+    """Documents of a prompt and the server's answer to it; only the answer counts, its end token included.
+
+    Args:
+        url: the server's address, up to /v1.
+        prompts: taken in order, each at most once, until `tokens` tokens are there or no prompt is left.
+        tokens: how many are wanted, prompts included.
+        answer_tokens: the longest answer.
+        temperature: of the sampling.
+        seed: of the sampling, where the server heeds it.
+        progress: called with the tokens there and `tokens`.
+
+    Errors: MachineError where the server stops answering.
+    """
+    client, model = _client(url), served_model(url)
+    from openai import OpenAIError
+
+    def ask(numbered: tuple[int, str]) -> Document:
+        number, prompt = numbered
+        before = prompt_ids(tokenizer, prompt)
+        reply = client.completions.create(
+            model=model, prompt=before, max_tokens=answer_tokens, temperature=temperature, seed=seed + number
+        ).choices[0]
+        after = text_ids(tokenizer, reply.text, special=False)
+        if reply.finish_reason == "stop" and tokenizer.eos_token_id is not None:
+            after.append(tokenizer.eos_token_id)
+        return Document(before + after, [False] * len(before) + [True] * len(after))
+
+    documents: list[Document] = []
+    written = 0
+    waiting = iter(enumerate(prompts))
+    try:
+        for part in _parts(waiting):
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                for document in pool.map(ask, part):
+                    documents.append(document)
+                    written += len(document.ids)
+                    if progress is not None:
+                        progress(min(written, tokens), tokens)
+            if written >= tokens:
+                break
+    except OpenAIError as error:
+        raise MachineError(
+            f"the server at {url} stopped answering after {len(documents)} answers",
+            str(error),
+            "see to the server and run the same command again",
+        ) from error
+    return documents
+
+
+def _parts(waiting: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Prompts, as many at a time as are asked at once."""
+    while part := list(islice(waiting, AT_ONCE)):
+        yield part
+
+
+def _client(url: str) -> "OpenAI":
+    if find_spec("openai") is None:
+        raise CalibrationError(
+            "the package openai is not installed", "it asks the server", "pip install logitwise[server]"
+        )
+    from openai import OpenAI
+
+    return OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))

@@ -1,0 +1,127 @@
+"""Answers from a server, against a stand-in of one on this machine, asked by the real client."""
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock, Thread
+from typing import Any
+
+import pytest
+from source_files import tokenizer
+
+from logitwise.calibration import check_spec, prepare
+from logitwise.calibration.chat import prompt_ids
+from logitwise.calibration.prompts import shipped_prompts
+from logitwise.calibration.server import ask_answers
+from logitwise.errors import CalibrationError, MachineError
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers every prompt with how many tokens it has; from `fails_after` requests on it fails."""
+
+    asked: list[dict[str, Any]]
+    fails_after: int
+    lock = Lock()
+
+    def do_GET(self) -> None:
+        self.send({"object": "list", "data": [{"id": "the model", "object": "model", "created": 0, "owned_by": "me"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.lock:
+            self.asked.append(body)
+            count = len(self.asked)
+        if count > self.fails_after:
+            self.send({"error": {"message": "out of memory"}}, 400)
+            return
+        length = len(body["prompt"])
+        choice = {"index": 0, "text": f"the prompt has {length} tokens", "logprobs": None}
+        choice["finish_reason"] = "length" if length % 2 else "stop"
+        self.send({"id": "1", "object": "text_completion", "created": 0, "model": "the model", "choices": [choice]})
+
+    def send(self, body: dict[str, Any], code: int = 200) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *words: object) -> None:
+        return
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    Server.asked, Server.fails_after = [], 10**9
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+        thread.join()
+
+
+def test_documents_are_prompts_and_answers_in_the_prompts_order(url: str) -> None:
+    words, heard = tokenizer(), []
+    prompts = [f"what is {'a' * n}" for n in range(1, 41)]
+    found = ask_answers(
+        url,
+        words,
+        prompts,
+        tokens=10**6,
+        answer_tokens=9,
+        temperature=0.5,
+        seed=7,
+        progress=lambda done, total: heard.append(done),
+    )
+    assert len(found) == 40
+    for prompt, document in zip(prompts, found, strict=True):
+        before = prompt_ids(words, prompt)
+        after = words(f"the prompt has {len(before)} tokens")["input_ids"]
+        after += [] if len(before) % 2 else [words.eos_token_id]
+        assert document.ids == before + after
+        assert document.counts == [False] * len(before) + [True] * len(after)
+    assert heard == sorted(heard)
+    assert heard[-1] == sum(len(document.ids) for document in found)
+    asked = {tuple(body["prompt"]): body for body in Server.asked}
+    for number, prompt in enumerate(prompts):
+        body = asked[tuple(prompt_ids(words, prompt))]
+        settings = {name: body[name] for name in ("model", "max_tokens", "temperature", "seed")}
+        assert settings == {"model": "the model", "max_tokens": 9, "temperature": 0.5, "seed": 7 + number}
+
+
+def test_it_asks_no_more_than_is_wanted(url: str) -> None:
+    prompts = [f"prompt {n}" for n in range(500)]
+    found = ask_answers(url, tokenizer(), prompts, tokens=300, answer_tokens=9, temperature=1.0, seed=0)
+    assert sum(len(document.ids) for document in found) >= 300
+    assert len(Server.asked) == len(found) < 100
+
+
+def test_rows_are_made_of_what_it_answers(url: str) -> None:
+    check_spec(f"server:{url}")
+
+    def no_model() -> Any:
+        raise AssertionError("a server needs no model here")
+
+    made = prepare(f"server:{url}", tokenizer(), no_model, rows=6, held_out=2, row_tokens=64, seed=0)
+    assert (len(made.rows), len(made.held_out)) == (6, 2)
+    assert made.rows.counted()
+    sent = {tuple(body["prompt"]) for body in Server.asked}
+    assert sent <= {tuple(prompt_ids(tokenizer(), prompt)) for prompt in shipped_prompts(50, 0)}
+
+
+def test_no_server_is_refused_before_any_work() -> None:
+    with pytest.raises(CalibrationError, match="does not answer") as caught:
+        check_spec("server:http://127.0.0.1:9/v1")
+    assert "/v1" in caught.value.remedy
+    with pytest.raises(CalibrationError, match="lacks an address"):
+        check_spec("server:")
+
+
+def test_a_server_that_fails_in_the_middle_ends_the_run_to_be_resumed(url: str) -> None:
+    Server.fails_after = 40
+    with pytest.raises(MachineError, match=r"stopped answering after \d+ answers") as caught:
+        ask_answers(url, tokenizer(), ["a"] * 200, tokens=10**6, answer_tokens=9, temperature=1.0, seed=0)
+    assert "out of memory" in str(caught.value)
+    assert caught.value.exit_code == 1
