@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from logitwise.calibration import prepare
+from logitwise.calibration import prepare, writes
 from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError
 from logitwise.preflight import Job
@@ -71,7 +71,7 @@ def _calibrate(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: 
     asked = recipe.model_dump(include={"calibration", "row_tokens", "seed", "temperature"})
     key = chain(root, most=most, held_out=recipe.held_out_rows, **asked)
     if not folder.has(key):
-        own = recipe.calibration.partition(":")[0] in ("self", "server")
+        own = writes(recipe.calibration)
         title = "Writing calibration text" if own else "Reading calibration text"
         with watcher.stage(title, (most + recipe.held_out_rows) * recipe.row_tokens) as stage:
             made = prepare(

@@ -4,12 +4,14 @@ source -> calibration rows -> stream of blocks -> fit -> run folder -> format ->
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from logitwise.calibrate import RunRows, rows_of_run, split
+from logitwise.calibration import fresh_rows
 from logitwise.calibration.rows import Rows
 from logitwise.export import export
 from logitwise.fit import Window
@@ -19,10 +21,13 @@ from logitwise.polish import POLISHED, Polish, Polished
 from logitwise.preflight import Job, check
 from logitwise.quantizers import QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe
-from logitwise.runfolder import RunFolder, chain, digest_of
-from logitwise.skeleton import Slot
+from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain, digest_of
+from logitwise.skeleton import Slot, load_whole
 from logitwise.stream import Step, Walk, plan_steps
 from logitwise.watch import SILENT, Watcher
+
+ROWS_AT_A_TIME = 8
+"""Steps of a polish whose fresh rows are written together: a model writes many answers at once in little more time."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def quantize(
             "replay_difference": job.replay_difference,
             "calibration": data.counts if data else {},
             "windows": [folder.record(step.key) for step in steps],
-            "polish": polished and {name: getattr(polished, name) for name in ("losses", "held_out", "kept")},
+            "polish": polished and {name: getattr(polished, name) for name in POLISH_FIGURES},
             "fitted_by": made_by[-1].objective,
             "held_out_kl": held_out_kl,
             "unmet": unmet,
@@ -170,14 +175,28 @@ def _polish(
         return None
     rows = Rows.join([data.train[: recipe.rows_polish], data.held_out])
     learning = {role: vars(recipe.polish_learning_of(role)) for role in POLISHED}
-    asked = recipe.model_dump(include={"polish_steps", "polish_batch", "batch", "checks", "seed"})
+    asked = recipe.model_dump(include={"polish_steps", "polish_batch", "batch", "checks", "seed", "fresh_rows"})
     digest = digest_of(rows.ids, rows.following, rows.weights)
     key = chain("polish", made_by=made_by, rows=digest, held_out=len(data.held_out), learning=learning, **asked)
     if not folder.has(key):
         with watcher.stage("Polishing all scales", recipe.polish_steps) as stage:
             polish = Polish(job.skeleton, recipe, rows, len(data.held_out), codes, job.kept)
-            folder.save_polished(key, polish.run(stage))
-    return folder.load_polished(key)
+            folder.save_polished(key, polish.run(stage, _fresh(job, recipe) if recipe.fresh_rows else None))
+    polished = folder.load_polished(key)
+    if recipe.fresh_rows:
+        end = f"flat after {polished.flat}" if polished.flat is not None else "not flat yet after"
+        watcher.say(
+            f"held-out KL was {end} of {recipe.polish_steps} steps; {polished.tokens:,} tokens were learned from"
+        )
+    return polished
+
+
+def _fresh(job: Job, recipe: Recipe) -> Iterator[Rows]:
+    """Calibration rows without end; the whole model is loaded once, and let go with the iterator."""
+    loader = cache(lambda: load_whole(job.source, job.skeleton.device, job.skeleton.dtype))
+    rows = ROWS_AT_A_TIME * (recipe.polish_batch or recipe.batch)
+    asked = recipe.model_dump(include={"row_tokens", "seed", "temperature"})
+    return fresh_rows(recipe.calibration, job.source.tokenizer(), loader, rows=rows, **asked)
 
 
 def _verdict(

@@ -38,6 +38,8 @@ class Polished:
         losses: the training loss of every step.
         held_out: (step, held-out KL), in order; step 0 is the model as it came.
         kept: the step whose iterate was kept.
+        tokens: how many counted positions were learned from, the same one twice where rows came again.
+        flat: the step at which held-out KL was found flat; None where rows were not fresh, or it never was.
     """
 
     scales: dict[str, Tensor]
@@ -45,6 +47,8 @@ class Polished:
     losses: list[float]
     held_out: list[tuple[int, float]]
     kept: int
+    tokens: int
+    flat: int | None
 
 
 @dataclass
@@ -62,6 +66,18 @@ class _Frozen:
 
     codes: dict[Slot, Quantized]
     matrices: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What rows become: the student's inputs, the teacher's last hidden states, and how much each position counts."""
+
+    inputs: Float[Tensor, "rows tokens d"]
+    teacher: Float[Tensor, "rows tokens d"]
+    weights: Float[Tensor, "rows tokens"]
+
+    def part(self, rows: Tensor | slice) -> "_Passed":
+        return _Passed(self.inputs[rows], self.teacher[rows], self.weights[rows])
 
 
 class Polish:
@@ -110,7 +126,7 @@ class Polish:
             slot: nn.Parameter(torch.zeros_like(q.scale, dtype=torch.float32)) for slot, q in frozen.codes.items()
         }
         vectors = {
-            key: nn.Parameter(self._source(index, key).float())
+            key: nn.Parameter(self._source(index, key).float().clone())
             for key, parameter in self.skeleton.blocks[index].named_parameters()
             if parameter.dim() == 1
         }
@@ -163,76 +179,103 @@ class Polish:
 
     # ---- the fit
 
-    def run(self, stage: Stage) -> Polished:
+    def run(self, stage: Stage, fresh: Iterator[Rows] | None = None) -> Polished:
         """Learns, and keeps the iterate that is best on the held-out rows.
 
-        `stage` advances by one a step.
+        With `fresh` rows, which come after those it has, no row is learned from twice. Rates then do not follow their
+        schedule: they stay until held-out KL is flat, or four fifths of the steps are done, and fall to 0 in a quarter
+        of the steps done by then. `stage` advances by one a step.
 
         Errors: MachineError where a parameter stops being a number.
         """
-        recipe, skeleton = self.recipe, self.skeleton
-        calls = skeleton.calls(self.rows.ids.shape[1])
-        inputs = skeleton.embed(self.rows.ids, batch=recipe.batch)
-        teacher = self._teach(inputs, calls)
-        device = inputs.device
-        weights = self.rows.weights.to(device)
+        recipe = self.recipe
+        calls = self.skeleton.calls(self.rows.ids.shape[1])
         train = len(self.rows) - self.held_out
+        held = self._pass(self.rows[train:], calls)
+        batches = self._batches(train, calls, fresh)
         parameters = list(self._parameters())
         learnings = {role: recipe.polish_learning_of(role) for role, _ in parameters}
         optimizers = {role: torch.optim.Adam([p for r, p in parameters if r == role], fused=True) for role in learnings}
-        order = row_order(train, recipe.polish_batch or recipe.batch, recipe.seed)
-        steps = recipe.polish_steps
-        checks = {round(steps * (i + 1) / recipe.checks) for i in range(recipe.checks)} | {0}
+        steps, every = recipe.polish_steps, recipe.polish_steps / recipe.checks
+        checks = {round(every * i) for i in range(recipe.checks + 1)}
         losses: list[Tensor] = []
         held_out: list[tuple[int, float]] = []
         best: list[Tensor] | None = None
-        kept = steps
-        for step in range(steps + 1):
-            if step in checks:
+        step, tokens, falls, flat = 0, 0, steps, None
+        while True:
+            if step in checks or step == steps:
                 _refuse_not_a_number(parameters)
-            if self.held_out and step in checks:
-                value = self._measure(inputs[train:], teacher[train:], weights[train:], calls)
-                if best is None or value < min(v for _, v in held_out):
-                    kept, best = step, [parameter.detach().clone() for _, parameter in parameters]
-                held_out.append((step, value))
+                if self.held_out:
+                    value = self._measure(held, calls)
+                    if best is None or value < min(v for _, v in held_out):
+                        kept, best = step, [parameter.detach().clone() for _, parameter in parameters]
+                    held_out.append((step, value))
+                if fresh is not None and falls == recipe.polish_steps:
+                    flat = step if is_flat([v for _, v in held_out]) else None
+                    if flat is not None or step >= 0.8 * steps:
+                        falls, steps = step, min(steps, step + max(1, step // 4))
             if step == steps:
                 break
-            rows = next(order).to(device)
-            losses.append(self._learn(inputs[rows], teacher[rows], weights[rows], calls))
+            batch = next(batches)
+            tokens += int((batch.weights > 0).sum())
+            losses.append(self._learn(batch, calls))
             for role, optimizer in optimizers.items():
+                rate = rate_at(learnings[role], step, steps)
+                if fresh is not None:
+                    rate = learnings[role].rate * min(1.0, (steps - step) / max(1, steps - falls))
                 for group in optimizer.param_groups:
-                    group["lr"] = rate_at(learnings[role], step, steps)
+                    group["lr"] = rate
                 optimizer.step()
                 optimizer.zero_grad()
+            step += 1
             stage.advance()
-        if best is not None:
+        if best is None:
+            kept = step
+        else:
             with torch.no_grad():
                 for (_, parameter), value_kept in zip(parameters, best, strict=True):
                     parameter.copy_(value_kept)
-        return self._outcome(torch.stack(losses).tolist() if losses else [], held_out, kept)
+        scales, vectors = self._outcome()
+        found = torch.stack(losses).tolist() if losses else []
+        return Polished(scales, vectors, found, held_out, kept, tokens, flat)
+
+    def _batches(self, train: int, calls: list[Call], fresh: Iterator[Rows] | None) -> Iterator[_Passed]:
+        """The batches of the steps: the rows there are, again and again, or once and then fresh ones."""
+        batch = self.recipe.polish_batch or self.recipe.batch
+        passed = self._pass(self.rows[:train], calls)
+        if fresh is None:
+            for rows in row_order(train, batch, self.recipe.seed):
+                yield passed.part(rows.to(passed.inputs.device))
+        while True:
+            for start in range(0, len(passed.weights), batch):
+                yield passed.part(slice(start, start + batch))
+            assert fresh is not None
+            passed = self._pass(next(fresh), calls)
 
     @torch.no_grad()
-    def _teach(self, inputs: Tensor, calls: list[Call]) -> Tensor:
-        """The full-precision model's last hidden states on every row."""
+    def _pass(self, rows: Rows, calls: list[Call]) -> _Passed:
+        """Rows embedded, and through the full-precision model."""
+        inputs = self.skeleton.embed(rows.ids, batch=self.recipe.batch)
         hidden = inputs.clone()
         for block, call in enumerate(calls):
             weights = self.skeleton.load_block(block)
             for start in range(0, len(hidden), self.recipe.batch):
                 part = slice(start, start + self.recipe.batch)
                 hidden[part] = self.skeleton.run(block, weights, hidden[part], call)
-        return hidden
+        return _Passed(inputs, hidden, rows.weights.to(inputs.device))
 
-    def _learn(self, inputs: Tensor, teacher: Tensor, weights: Tensor, calls: list[Call]) -> Tensor:
+    def _learn(self, batch: _Passed, calls: list[Call]) -> Tensor:
         """The loss of a batch; its gradient is left in the parameters."""
-        entering = [inputs]
+        entering = [batch.inputs]
         with torch.no_grad():
             for block, call in enumerate(calls):
                 entering.append(self.skeleton.run(block, self._weights(block), entering[-1], call))
         top = entering.pop().requires_grad_()
-        counted = weights > 0
+        counted = batch.weights > 0
         with torch.no_grad():
-            target = self.head.hidden(teacher[counted])
-        loss = soft_cross_entropy(self._normed(top[counted]), target, weights[counted], self.head).cross_entropy
+            target = self.head.hidden(batch.teacher[counted])
+        student = self._normed(top[counted])
+        loss = soft_cross_entropy(student, target, batch.weights[counted], self.head).cross_entropy
         loss.backward()
         gradient = top.grad
         for block in reversed(range(len(calls))):
@@ -242,24 +285,26 @@ class Polish:
         return loss.detach()
 
     @torch.no_grad()
-    def _measure(self, inputs: Tensor, teacher: Tensor, weights: Tensor, calls: list[Call]) -> float:
+    def _measure(self, held: _Passed, calls: list[Call]) -> float:
         """Mean KL(teacher || student) of the held-out rows."""
-        hidden = inputs.clone()
+        hidden = held.inputs.clone()
         for block, call in enumerate(calls):
             own = self._weights(block)
             for start in range(0, len(hidden), self.recipe.batch):
                 part = slice(start, start + self.recipe.batch)
                 hidden[part] = self.skeleton.run(block, own, hidden[part], call)
-        counted = weights > 0
+        counted = held.weights > 0
         unused = torch.zeros(int(counted.sum()), dtype=torch.int64, device=hidden.device)
-        student, target = self._normed(hidden[counted]), self.head.hidden(teacher[counted])
+        student, target = self._normed(hidden[counted]), self.head.hidden(held.teacher[counted])
         found = compare(student, self.head, target, self.head, unused)
-        shares = weights[counted].double().cpu()
+        shares = held.weights[counted].double().cpu()
         return float((found.kl * shares).sum() / shares.sum())
 
     @torch.no_grad()
-    def _outcome(self, losses: list[float], held_out: list[tuple[int, float]], kept: int) -> Polished:
-        scales, vectors = {}, {}
+    def _outcome(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Scales and vectors as they are stored."""
+        scales: dict[str, Tensor] = {}
+        vectors: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
             for slot, factor in block.log_factors.items():
                 q = self.quantized(slot).to(factor.device)
@@ -269,7 +314,12 @@ class Polish:
         for name, own in zip(self.head.after_names, self.after, strict=True):
             for key, vector in own.items():
                 vectors[f"{name}.{key}"] = vector.to(self.stored)
-        return Polished(scales, vectors, losses, held_out, kept)
+        return scales, vectors
+
+
+def is_flat(values: list[float]) -> bool:
+    """Whether the least of a held-out curve fell by less than a hundredth over its last two values."""
+    return len(values) > 2 and min(values[:-2]) - min(values) < 0.01 * min(values)
 
 
 def _refuse_not_a_number(parameters: list[tuple[str, nn.Parameter]]) -> None:

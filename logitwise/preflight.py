@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from logitwise.audit import Fate, audit, keeper
-from logitwise.calibration import check_spec
+from logitwise.calibration import check_spec, writes
 from logitwise.errors import FormatError, RecipeError, SourceError
 from logitwise.formats import FORMATS, Format, choose
 from logitwise.formats.checkpoint import check_output
@@ -122,6 +122,12 @@ def _check_roles(recipe: Recipe) -> None:
                     f"what is learned is {', '.join(read) or 'nothing'}",
                     "name one of these roles, or remove it",
                 )
+    if recipe.fresh_rows and not (recipe.polish and writes(recipe.calibration)):
+        raise RecipeError(
+            "fresh_rows is not read",
+            "new rows are written for --polish alone, by --calibration self or server",
+            "add --polish, choose such a calibration, or leave fresh_rows out",
+        )
     known = [field.name for field in fields(OBJECTIVES[recipe.objective])]  # type: ignore[arg-type]
     for setting in recipe.objective_settings:
         if setting not in known:

@@ -86,6 +86,7 @@ class Recipe(_Frozen):
     polish_batch: int | None = Field(None, ge=1, description="rows a step of the polish; None: as `batch`")
     polish_learning: dict[str, Learning] | None = Field(None, description="of scales and vectors; None: as shipped")
     rows_polish: int | None = Field(None, ge=1, description="calibration rows of the polish; None: all there are")
+    fresh_rows: bool = Field(False, description="write new rows while the polish goes on, until held-out KL is flat")
 
     seed: int = Field(0, ge=0)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")

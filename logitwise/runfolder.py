@@ -22,6 +22,9 @@ from logitwise.errors import MachineError
 from logitwise.grid import Grid, Quantized
 from logitwise.polish import Polished
 
+POLISH_FIGURES = ("losses", "held_out", "kept", "tokens", "flat")
+"""What the record of a polish holds."""
+
 
 def chain(previous: str, **settings: Any) -> str:
     """The key of what follows `previous` under `settings` (JSON values)."""
@@ -80,7 +83,7 @@ class RunFolder:
         """A finished polish."""
         tensors = {f"scale:{name}": scale for name, scale in polished.scales.items()}
         tensors |= {f"vector:{name}": vector for name, vector in polished.vectors.items()}
-        self._write(key, tensors, dict(losses=polished.losses, held_out=polished.held_out, kept=polished.kept))
+        self._write(key, tensors, {name: getattr(polished, name) for name in POLISH_FIGURES})
 
     def load_polished(self, key: str) -> Polished:
         """A finished polish."""
@@ -90,7 +93,8 @@ class RunFolder:
             parts[kind][rest] = tensor
         record = self.record(key)
         held_out = [(step, kl) for step, kl in record["held_out"]]
-        return Polished(parts["scale"], parts["vector"], record["losses"], held_out, record["kept"])
+        figures = {name: record[name] for name in POLISH_FIGURES} | {"held_out": held_out}
+        return Polished(parts["scale"], parts["vector"], **figures)
 
     def save_rows(self, key: str, rows: Rows, held_out: Rows, record: dict[str, Any]) -> None:
         """The calibration rows of a run."""

@@ -220,6 +220,20 @@ def test_a_polished_checkpoint_is_what_was_measured_and_lowers_the_divergence(
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
 
 
+def test_a_polish_on_fresh_text_of_the_model_says_how_much_it_read(folder: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    changes = {"calibration": "self", "rows": 6, "held_out": 4, "row_tokens": 48, "batch": 2, "steps": 2}
+    changes |= {"polish": True, "fresh_rows": True, "polish_steps": 10, "checks": 5}
+    made = logitwise.Recipe.load(None, **{**TINY, **changes})
+    result = logitwise.quantize(folder, tmp_path / "out", made, watcher=listener)
+    steps = len(result.report["polish"]["losses"])
+    assert result.report["polish"]["tokens"] > 6 * 47  # more than the rows there were
+    assert any(f"{result.report['polish']['tokens']:,} tokens were learned from" in said for said in listener.said)
+    assert steps <= 10
+    again = logitwise.quantize(folder, tmp_path / "again", made)
+    assert again.report["polish"] == result.report["polish"]
+
+
 def test_a_polish_that_gains_nothing_leaves_the_scales_and_says_so(folder: Path, text: Path, tmp_path: Path) -> None:
     listener = Listener()
     wild = {role: {"optimizer": "adam", "rate": 3.0, "schedule": "cosine"} for role in ("scale", "vector")}
@@ -403,6 +417,8 @@ def test_what_is_refused_before_any_work(folder: Path, text: Path, tmp_path: Pat
     typo = {"rouding": {"optimizer": "adam", "rate": 1e-3, "schedule": "cosine"}}
     refused(InputError, r"learning\.rouding.*", folder, out, good.but(learning=typo), out=out)
     refused(InputError, r"polish_learning\.rouding.*", folder, out, good.but(polish_learning=typo), out=out)
+    refused(InputError, "fresh_rows is not read", folder, out, good.but(fresh_rows=True, polish=True), out=out)
+    refused(InputError, "fresh_rows is not read", folder, out, good.but(fresh_rows=True, calibration="self"), out=out)
     refused(InputError, r"settings\.heat", folder, out, good.but(objective_settings={"heat": 2}), out=out)
     short = tmp_path / "short.txt"
     short.write_text("too short", encoding="utf-8")

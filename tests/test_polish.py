@@ -1,5 +1,6 @@
 """The polish: gradients of the whole model though one block is in memory, scales alone, the best iterate, its file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from logitwise.calibration.rows import Rows
 from logitwise.errors import MachineError
 from logitwise.grid import Grid, Quantized, merge, split
 from logitwise.objectives import reference
-from logitwise.polish import Polish, Polished
+from logitwise.polish import Polish, Polished, is_flat
 from logitwise.quantizers import QUANTIZERS, STARTS
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder
@@ -51,8 +52,7 @@ def test_gradients_are_those_of_the_models_own_forward(family: str) -> None:
     polish, codes = opened(family)
     data = rows()
     calls = polish.skeleton.calls(data.ids.shape[1])
-    inputs = polish.skeleton.embed(data.ids)
-    loss = polish._learn(inputs, polish._teach(inputs, calls), data.weights, calls)
+    loss = polish._learn(polish._pass(data, calls), calls)
 
     model, original = tiny_model(family), tiny_model(family)
     factors, replaced = {}, {}
@@ -134,8 +134,45 @@ def test_a_parameter_that_is_no_number_stops_the_polish() -> None:
         polish.run(Stage())
 
 
+def test_fresh_rows_come_after_those_there_are_until_the_held_out_curve_is_flat() -> None:
+    quick = {role: {"optimizer": "adam", "rate": 8e-3, "schedule": "cosine"} for role in ("scale", "vector")}
+    polish, _ = opened("llama", polish_steps=200, checks=40, batch=2, polish_learning=quick)
+    given: list[Rows] = []
+
+    def fresh() -> Iterator[Rows]:
+        generator = torch.Generator().manual_seed(9)
+        while True:
+            ids = torch.randint(VOCABULARY, (6, 14), generator=generator)
+            given.append(Rows(ids[:, :-1], ids[:, 1:], torch.ones(6, 13)))
+            yield given[-1]
+
+    found = polish.run(Stage(), fresh())
+    values = [value for _, value in found.held_out]
+    assert found.flat is not None
+    assert found.flat % 5 == 0
+    steps = len(found.losses)
+    assert steps == found.flat + max(1, found.flat // 4) < 200  # rates fall in a quarter of the steps before
+    assert found.held_out[-1][0] == steps
+    at = [step for step, _ in found.held_out].index(found.flat)
+    assert is_flat(values[: at + 1])
+    assert not any(is_flat(values[: end + 1]) for end in range(at))
+    # 8 rows there were, then 6 at a time, 2 a step.
+    assert len(given) == -(-(2 * steps - 8) // 6)
+    assert found.tokens == int((rows().weights[:8] > 0).sum()) + (2 * steps - 8) * 13
+    assert dict(found.held_out)[found.kept] == min(values) < 0.95 * values[0]
+
+
+def test_flat_is_less_than_a_hundredth_in_two_values() -> None:
+    assert not is_flat([1.0, 0.995])
+    assert is_flat([1.0, 0.995, 0.9925])
+    assert not is_flat([1.0, 0.995, 0.98])
+    assert is_flat([0.5, 0.9, 0.8])
+
+
 def test_a_polish_is_kept_in_the_run_folder(tmp_path: Path) -> None:
-    polished = Polished({"a": torch.ones(2, 1).half()}, {"b": torch.zeros(3)}, [1.0, 0.5], [(0, 0.3), (2, 0.2)], 2)
+    polished = Polished(
+        {"a": torch.ones(2, 1).half()}, {"b": torch.zeros(3)}, [1.0, 0.5], [(0, 0.3), (2, 0.2)], 2, 9, None
+    )
     folder = RunFolder(tmp_path / "run")
     folder.save_polished("key", polished)
     again = folder.load_polished("key")

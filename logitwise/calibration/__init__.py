@@ -5,8 +5,9 @@ set_aside      some of them held out (holdout.py)
 pack           one after another, cut into rows (rows.py)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from logitwise.calibration.server import ask_answers, served_model
 from logitwise.calibration.text import read_text, read_utf8
 from logitwise.errors import CalibrationError
 
-__all__ = ["Calibration", "check_spec", "documents_of", "prepare"]
+__all__ = ["Calibration", "check_spec", "documents_of", "fresh_rows", "prepare", "writes"]
 
 KINDS = "self, self:FILE, server:URL, text:FILE, jsonl:FILE, hf:NAME"
 ANSWER_TOKENS = 256  # the longest answer of the model's own text
@@ -171,6 +172,46 @@ def prepare(
         "held_out_rows": len(judged),
     }
     return Calibration(fitted, judged, str(tokenizer.decode(fitted.ids[0].tolist())), counts)
+
+
+def fresh_rows(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_loader: Callable[[], PreTrainedModel],
+    *,
+    rows: int,
+    row_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+) -> Iterator[Rows]:
+    """New rows without end, `rows` at a time: the model, or the server, goes on answering prompts.
+
+    The prompts of a file are answered again and again; those that ship are drawn anew each time.
+
+    Args: as of `prepare`; the loader is called each time, and may give the same model.
+
+    Errors: CalibrationError for text that is read and not written.
+    """
+    if not writes(spec):
+        raise CalibrationError(
+            f"{spec} cannot give new rows without end",
+            "its text is read, not written",
+            "choose --calibration self, self:PROMPTS or server:URL, or leave out fresh_rows",
+        )
+    separator, pending = separator_of(tokenizer), list[Document]()
+    for part in count(1):
+        tokens = (rows + 1) * row_tokens
+        own = (seed + 1) * 1_000_003 + part
+        pending += documents_of(spec, tokenizer, model_loader, tokens=tokens, seed=own, temperature=temperature)
+        packed = pack(pending, separator, row_tokens)
+        if len(packed) >= rows:
+            pending = []
+            yield packed[:rows]
+
+
+def writes(spec: str) -> bool:
+    """Whether the text of a spec is written for the run, and so as long as is wanted."""
+    return split(spec)[0] in ("self", "server")
 
 
 def split(spec: str) -> tuple[str, str]:
