@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 import logitwise
+from logitwise.calibration.chat import prompt_ids
+from logitwise.calibration.generate import Sampler, answer, end_ids
 from logitwise.calibration.rows import Rows
 from logitwise.machine import versions
 from logitwise.measure.likelihood import as_json, likelihood, outputs
-from logitwise.skeleton import Skeleton
-from logitwise.source import open_source
+from logitwise.skeleton import Skeleton, load_whole
+from logitwise.source import Source, open_source
 
 GRIDS: dict[str, dict[str, Any]] = {
     "w2g64": {"bits": 2, "group_size": 64},
@@ -43,6 +45,7 @@ FITS: dict[str, dict[str, Any]] = {
     "lfq from mse": {"start_last": "mse"},
     "lfq quantized teacher": {"teacher_last": "quantized"},
 }
+ANSWER_TOKENS = 320
 VARIANTS = FITS | {f"{name}+polish": {**settings, "polish": True} for name, settings in FITS.items()}
 DEFAULT = [f"{name}{end}" for name in list(FITS)[:7] for end in ("", "+polish")]
 
@@ -58,6 +61,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=VARIANTS)
     parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--problems", type=int, default=0, help="of each of the five tasks, answered greedily")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys of every variant, as key=value")
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
@@ -136,6 +140,7 @@ def work(given: argparse.Namespace) -> None:
                     "fitted_by": result.fitted_by,
                     "held_out_kl": result.held_out_kl,
                     "bits_per_weight": result.report["bits_per_weight"],
+                    "accuracy": accuracy(made, skeleton.device, given.problems) if given.problems else None,
                     "polish": result.report["polish"] and result.report["polish"]["held_out"],
                     "seconds": round(time.monotonic() - began, 1),
                     "figures": figures,
@@ -144,6 +149,22 @@ def work(given: argparse.Namespace) -> None:
             given.only.write_text(json.dumps(found))
             kl = " ".join(f"{where} {f['kl']['mean']:.4f}" for where, f in figures.items())
             print(f"{grid} seed {seed} {name} ({found[-1]['seconds']} s): {kl}", flush=True)
+
+
+def accuracy(source: Source, device: torch.device, count: int) -> dict[str, list[int]]:
+    """For each task whether each problem was answered right, by greedy decoding."""
+    import cot_tasks
+
+    problems = [problem for task in cot_tasks.TASKS for problem in cot_tasks.make(task, 800_000, count)]
+    tokenizer, model = source.tokenizer(), load_whole(source, device, torch.float32)
+    prompts = [prompt_ids(tokenizer, problem.prompt) for problem in problems]
+    greedy = Sampler(0, torch.Generator())
+    answers = answer(model, prompts, end_ids(model, tokenizer), ANSWER_TOKENS, 10**9, greedy)
+    right: dict[str, list[int]] = {task: [] for task in cot_tasks.TASKS}
+    for problem, ids in zip(problems, answers, strict=True):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        right[problem.task].append(int(cot_tasks.grade(problem, text)))
+    return right
 
 
 if __name__ == "__main__":
