@@ -3,7 +3,7 @@
     python benchmarks/lfq_cost.py --out results.json [--shape llama-3.1-8b] [--blocks 4] [--steps 30]
 
 Each of `--blocks` blocks is fitted by MSE, then the last by LFQ, on the same rows; a step's time is the median. A whole
-model's cost is arithmetic on these: all its blocks by MSE, against all but the last by MSE and the last by LFQ, and that
+model's cost is arithmetic on these: all its blocks by MSE, against all but the last so and the last by LFQ, and that
 with the MSE fit of the last beside it, which the verdict needs.
 """
 
