@@ -1,6 +1,7 @@
 """The rows of a run: those to learn from and those held out, made once and kept in the run folder."""
 
 import gc
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,7 @@ def _calibrate(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: 
     if not folder.has(key):
         own = writes(recipe.calibration)
         title = "Writing calibration text" if own else "Reading calibration text"
+        began = time.monotonic()
         with watcher.stage(title, (most + recipe.held_out_rows) * recipe.row_tokens) as stage:
             made = prepare(
                 recipe.calibration,
@@ -88,6 +90,7 @@ def _calibrate(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: 
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        folder.save_rows(key, made.rows, made.held_out, {**made.counts, "first": made.first_row_text})
+        counts = {**made.counts, "seconds": round(time.monotonic() - began), "first": made.first_row_text}
+        folder.save_rows(key, made.rows, made.held_out, counts)
         folder.note("first_row.txt", made.first_row_text)
     return RunRows(*folder.load_rows(key), folder.record(key))
