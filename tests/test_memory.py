@@ -17,7 +17,8 @@ def peak():  # ru_maxrss would count what the process that started this one had 
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
-settings = dict(bits=3, group_size=64, rows=8, held_out=4, row_tokens=64, steps=1, batch=4, checks=1, polish=True, polish_steps=1)
+settings = dict(bits=3, group_size=64, rows=8, held_out=4, row_tokens=64, steps=1, batch=4, checks=1)
+settings |= dict(polish=True, polish_steps=1)
 recipe = logitwise.Recipe.load(None, **settings, calibration="text:" + sys.argv[3])
 before = peak()
 logitwise.quantize(sys.argv[1], sys.argv[2], recipe)
