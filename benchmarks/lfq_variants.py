@@ -2,7 +2,9 @@
 
     python benchmarks/lfq_variants.py --model DIR --eval DIR --out results.json [--jobs 12] [--variants mse lfq ...]
 
-Calibrated on `rows(tokenizer, 512, 1)` of eval/cot_rows.py; measured on the development rows `rows(tokenizer, 64,
+Calibrated on `rows(tokenizer, 512, 1)` of eval/cot_rows.py, or as --calibration says: its worked solutions or its chat
+answers alone, WikiText, the model's own answers to the prompts that ship with logitwise (`own`) or to the prompts of
+the tasks and of the chats, without their solutions (`own-tasks`). Measured on the development rows `rows(tokenizer, 64,
 2000)` and on `final_rows`, by the checkpoints as they are read back from disk. One process for each grid and seed;
 variants of a process share the blocks that they have in common. `benchmarks/tables.py` makes the tables.
 """
@@ -46,6 +48,7 @@ FITS: dict[str, dict[str, Any]] = {
     "lfq quantized teacher": {"teacher_last": "quantized"},
 }
 ANSWER_TOKENS = 320
+KINDS = ("both", "solutions", "chat", "wikitext", "own", "own-tasks")
 VARIANTS = FITS | {f"{name}+polish": {**settings, "polish": True} for name, settings in FITS.items()}
 DEFAULT = [f"{name}{end}" for name in list(FITS)[:7] for end in ("", "+polish")]
 
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=GRIDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=VARIANTS)
+    parser.add_argument("--calibration", default="both", choices=KINDS)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--problems", type=int, default=0, help="of each of the five tasks, answered greedily")
     parser.add_argument("--jobs", type=int, default=1)
@@ -108,7 +112,8 @@ def work(given: argparse.Namespace) -> None:
         ids, mask, following = made
         return Rows(ids, following, mask.float())
 
-    train = as_rows(cot_rows(tokenizer, given.rows, 1))
+    read = given.calibration in ("both", "solutions", "chat")
+    train = as_rows(cot_rows(tokenizer, given.rows, 1, kind=given.calibration)) if read else None
     tests = {"development": as_rows(cot_rows(tokenizer, 64, 2000))}
     tests |= {f"final {kind}": as_rows(final_rows(tokenizer, kind)) for kind in ("both", "solutions", "chat")}
     skeleton = Skeleton(source, torch.device(given.device), torch.float32)
@@ -120,6 +125,8 @@ def work(given: argparse.Namespace) -> None:
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         run, out = Path(temporary) / "run", Path(temporary) / "out"
+        if train is None:
+            base["calibration"] = calibration(given, Path(temporary) / "prompts.txt")
         for name in given.variants:
             began = time.monotonic()
             recipe = logitwise.Recipe.load(None, **{**base, **VARIANTS[name]})
@@ -136,6 +143,7 @@ def work(given: argparse.Namespace) -> None:
                     "grid": grid,
                     "seed": seed,
                     "variant": name,
+                    "calibration": given.calibration,
                     "settings": given.set,
                     "fitted_by": result.fitted_by,
                     "held_out_kl": result.held_out_kl,
@@ -149,6 +157,20 @@ def work(given: argparse.Namespace) -> None:
             given.only.write_text(json.dumps(found))
             kl = " ".join(f"{where} {f['kl']['mean']:.4f}" for where, f in figures.items())
             print(f"{grid} seed {seed} {name} ({found[-1]['seconds']} s): {kl}", flush=True)
+
+
+def calibration(given: argparse.Namespace, prompts: Path) -> str:
+    """What `--calibration` means to logitwise."""
+    if given.calibration == "wikitext":
+        return f"text:{given.eval / 'wikitext2_valid.txt'}"
+    if given.calibration == "own":
+        return "self"
+    from cot_rows import pairs
+
+    count = 8 * given.rows  # prompts enough for so many rows; their solutions are not looked at
+    found = [prompt.replace("\n", " ") for prompt, _ in pairs(count, 1)]
+    prompts.write_text("\n".join(found), encoding="utf-8")
+    return f"self:{prompts}"
 
 
 def accuracy(source: Source, device: torch.device, count: int) -> dict[str, list[int]]:

@@ -1,7 +1,21 @@
 """logitwise: low-bit quantization of language models, fitted to the token probabilities (LFQ)."""
 
-from logitwise.errors import LogitwiseError
-from logitwise.pipeline import Result, quantize
-from logitwise.recipe import Recipe
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from logitwise.errors import LogitwiseError
+    from logitwise.pipeline import Result, quantize
+    from logitwise.recipe import Recipe
 
 __all__ = ["LogitwiseError", "Recipe", "Result", "quantize"]
+
+_PLACES = {"LogitwiseError": "errors", "Recipe": "recipe", "Result": "pipeline", "quantize": "pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first asked for: torch and transformers take seconds, `--help` should not."""
+    from importlib import import_module
+
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"logitwise.{_PLACES[name]}"), name)

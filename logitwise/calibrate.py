@@ -45,8 +45,10 @@ def rows_of_run(
         found = RunRows(train, held, counts)
     else:
         found = _calibrate(job, recipe, folder, root, watcher)
-    said = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in found.counts.items() if name != "first")
-    watcher.say(f"calibration: {said}")
+    watcher.say(
+        f"calibration: {len(found.train)} rows of {found.train.ids.shape[1]} tokens, {found.train.counted():,} of them "
+        f"to predict, and {len(found.held_out)} rows held out"
+    )
     return found
 
 
@@ -68,7 +70,7 @@ def split(rows: Rows, recipe: Recipe) -> tuple[Rows, Rows]:
 
 
 def _calibrate(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: Watcher) -> RunRows:
-    most = max(recipe.rows, recipe.rows_last or 0, (recipe.polish and recipe.rows_polish) or 0)
+    most = max(recipe.rows, recipe.rows_last or 0, (recipe.polish and recipe.polish_rows) or 0)
     asked = recipe.model_dump(include={"calibration", "row_tokens", "seed", "temperature"})
     key = chain(root, most=most, held_out=recipe.held_out_rows, **asked)
     if not folder.has(key):

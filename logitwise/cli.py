@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from logitwise.errors import LogitwiseError, RecipeError, UnmetError
-from logitwise.recipe import PRESETS, Recipe, parse_settings
 
 app = typer.Typer(
     add_completion=False,
@@ -34,14 +33,25 @@ def quantize(
     bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8 (4).")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale (64).")] = None,
     per_channel: Annotated[bool, typer.Option("--per-channel", help="One scale for each output channel.")] = False,
-    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Fixed zero point.")] = None,
-    method: Annotated[str | None, typer.Option(help="flexround, signround or rtn.")] = None,
-    objective: Annotated[str | None, typer.Option(help="What fits the final blocks: lfq, mse, logit_mse, ...")] = None,
-    final_blocks: Annotated[int | None, typer.Option(help="Blocks at the end that it fits together (1).")] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option("--symmetric/--asymmetric", help="A fixed zero point, or one that is chosen (asymmetric)."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="How weights are learned (flexround), or signround, rtn.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="What fits the final blocks (lfq), or mse, logit_mse, mixed, topk, hard_labels, teacher_argmax."
+        ),
+    ] = None,
+    final_blocks: Annotated[
+        int | None, typer.Option(help="Blocks at the end that the objective fits together (1).")
+    ] = None,
     polish: Annotated[
         bool | None, typer.Option("--polish/--no-polish", help="Tune all scales together afterwards.")
     ] = None,
-    start: Annotated[str | None, typer.Option(help="Where ranges start: searched or minmax.")] = None,
+    polish_steps: Annotated[int | None, typer.Option(help="Optimiser steps of the polish (300).")] = None,
+    start: Annotated[str | None, typer.Option(help="Where ranges start (searched), or minmax.")] = None,
     format: Annotated[str | None, typer.Option("--format", help="auto or compressed-tensors.")] = None,
     scale_dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
     calibration: Annotated[
@@ -56,13 +66,15 @@ def quantize(
     keep: Annotated[list[str] | None, typer.Option(help="Leave layers of this pattern in full precision.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random (0).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
-    recipe: Annotated[str | None, typer.Option(help=f"A TOML file, or {', '.join(PRESETS)}.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="quick, standard, best or a TOML file.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any other recipe key, as key=value.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do not reuse windows finished before.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Reuse nothing of an earlier, interrupted run.")] = False,
     keep_run: Annotated[bool, typer.Option("--keep-run", help="Leave OUT.run in place.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 where something was not met.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 3 where a fit gained nothing and was not kept.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     log: Log = None,
@@ -82,6 +94,7 @@ def quantize(
         "objective": objective,
         "final_blocks": final_blocks,
         "polish": polish,
+        "polish_steps": polish_steps,
         "start": start,
         "format": format,
         "scale_dtype": scale_dtype,
@@ -96,13 +109,14 @@ def quantize(
         "seed": seed,
         "device": device,
     }
-    changes = {name: value for name, value in given.items() if value is not None} | parse_settings(settings or [])
-    if per_channel:
-        changes["group_size"] = None
     with _watching(quiet, verbose, log) as watcher:
         from logitwise.pipeline import quantize as run
+        from logitwise.recipe import Recipe, parse_settings
         from logitwise.report.figures import show_result
 
+        changes = {name: value for name, value in given.items() if value is not None} | parse_settings(settings or [])
+        if per_channel:
+            changes["group_size"] = None
         result = run(
             model,
             out,
@@ -145,7 +159,7 @@ def evaluate(
         found = run(
             model, text=spec, reference=reference, rows=rows, row_tokens=row_tokens, device=device, watcher=watcher
         )
-        show_evaluation(Console(), model, found)
+        show_evaluation(Console(), found)
         if json_file is not None:
             json_file.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
 
@@ -153,7 +167,7 @@ def evaluate(
 @app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, quantized or not.")],
-    verbose: Verbose = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every tensor.")] = False,
 ) -> None:
     """What is in a checkpoint: bits, grids, sizes, what is quantized and what not."""
     from logitwise.evaluation import inspect as run
@@ -211,10 +225,13 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        console.print(f"[bold red]logitwise:[/] {escape(error.format_message())}\n  do:   logitwise --help")
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "logitwise"
+        if error.format_message():  # without a word there is only the help to show
+            console.print(f"[bold red]logitwise:[/] {escape(error.format_message())}\n  do:   {command} --help")
         code = 2  # a mistake in the words of the command
     if code == INTERRUPTED:
-        console.print("[bold]logitwise:[/] interrupted; the same command goes on from the last finished window")
+        console.print("[bold]logitwise:[/] interrupted; the same command goes on from the last finished block")
     raise SystemExit(code)
 
 

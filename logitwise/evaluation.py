@@ -42,16 +42,21 @@ class Evaluation:
     Args:
         likelihood: perplexity, KL and agreement, each with its standard error.
         size: on disk.
+        reference, reference_size: the same of the model that it is compared with; None where there is none.
         conditions: all that the figures depend on: text, rows, tokens, separator, reference, versions.
     """
 
     likelihood: Likelihood
     size: Size
+    reference: Likelihood | None
+    reference_size: Size | None
     conditions: dict[str, Any]
 
     def as_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
-        return {**as_json(self.likelihood), **vars(self.size), "conditions": self.conditions}
+        reference = self.reference and as_json(self.reference)["perplexity"]
+        own = {**as_json(self.likelihood), **vars(self.size)}
+        return {**own, "reference_perplexity": reference, "conditions": self.conditions}
 
 
 def evaluate(
@@ -77,7 +82,7 @@ def evaluate(
 
     Errors: InputError.
     """
-    choices = choose_machine(Recipe.load(None, device=device))
+    device = choose_machine(Recipe.load(None, device=device))["device"].value
     source = open_source(model)
     against = source if reference is None else open_source(reference)
     check_tokenizer(against)
@@ -87,7 +92,8 @@ def evaluate(
         raise CalibrationError("a model is not evaluated on its own text", "it was asked for", "give --text or --jsonl")
     documents = documents_of(text, tokenizer, _no_model, tokens=(rows + 1) * row_tokens, seed=0)
     packed = pack(documents, separator_of(tokenizer), row_tokens)[:rows]
-    measured = measure_models([source], against, packed, choices["device"].value, watcher)
+    alone = against is source
+    measured = measure_models([source] if alone else [source, against], against, packed, device, watcher)
     conditions = {
         "metric": VERSION,
         "model": source.name,
@@ -97,10 +103,12 @@ def evaluate(
         "row_tokens": row_tokens,
         "separator": tokenizer.convert_ids_to_tokens(separator_of(tokenizer)),
         "compute_dtype": "float32",
-        "device": choices["device"].value,
+        "device": device,
         "versions": versions(),
     }
-    return Evaluation(measured[0], size_of(source), conditions)
+    if alone:
+        return Evaluation(measured[0], size_of(source), None, None, conditions)
+    return Evaluation(measured[0], size_of(source), measured[1], size_of(against), conditions)
 
 
 def measure_models(
@@ -152,15 +160,19 @@ def inspect(model: str | Path) -> Contents:
     Errors: InputError.
     """
     source = open_source(model)
-    grid, tensors = "full precision", []
+    grid = "full precision"
+    tensors: list[tuple[str, tuple[int, ...], str]] = []
     if isinstance(source, QuantizedFolder):
         group = f"groups of {source.grid.group_size}" if source.grid.group_size else "one scale a channel"
         kind = "symmetric" if source.grid.symmetric else "asymmetric"
         scales = str(source.grid.scale_dtype).removeprefix("torch.")
         grid = f"{source.grid.bits} bits, {group}, {kind}, {scales} scales"
     for name in source.names():
-        quantized = isinstance(source, QuantizedFolder) and source.is_quantized(name)
-        tensors.append((name, source.shape(name), "quantized" if quantized else "kept"))
+        stored = str(source.dtype).removeprefix("torch.")
+        if isinstance(source, QuantizedFolder) and source.is_quantized(name):
+            stored = f"{source.grid.bits} bits"
+        tensors.append((name, source.shape(name), stored))
+    tensors.sort(key=lambda entry: [int(part) if part.isdigit() else part for part in entry[0].split(".")])
     folder = Path(model)
     return Contents(size_of(source), grid, tensors, read_report(folder) if folder.is_dir() else None)
 

@@ -277,5 +277,5 @@ def _refuse_not_a_number(quantizers: Mapping[Slot, Quantizer]) -> None:
             raise MachineError(
                 f"{slot.name}: a learned parameter is no longer a finite number",
                 "the loss or its gradient overflowed",
-                "finished windows are kept: run again with a smaller learning rate (--recipe FILE, [learning])",
+                "finished blocks are kept: run again with a smaller learning rate (--recipe FILE, [learning])",
             )

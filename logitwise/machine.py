@@ -34,7 +34,7 @@ def choose_machine(recipe: Recipe) -> dict[str, Choice]:
         return {"device": device, "compute_dtype": Choice(recipe.compute_dtype, "as asked")}
     if torch.device(device.value).type == "cuda" and torch.cuda.is_bf16_supported():
         return {"device": device, "compute_dtype": Choice("bfloat16", "the GPU multiplies it at full rate")}
-    return {"device": device, "compute_dtype": Choice("float32", "the processor need not multiply bfloat16 fast")}
+    return {"device": device, "compute_dtype": Choice("float32", "on a CPU")}
 
 
 def versions() -> dict[str, str]:

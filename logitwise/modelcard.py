@@ -11,28 +11,25 @@ def model_card(report: dict[str, Any]) -> str:
     )
     kind = "symmetric" if recipe["symmetric"] else "asymmetric"
     kl = "".join(f"| {objective} | {value:.4f} |\n" for objective, value in report["held_out_kl"].items())
-    measured = (
-        "\nKL to the original on held-out rows, nats a token:\n\n| final blocks fitted by | KL |\n|---|---|\n" + kl
-        if kl
-        else ""
-    )
+    measured = "\nKL to the original on held-out rows, nats a token:\n\n| after | KL |\n|---|---|\n" + kl if kl else ""
+    polished = ", and all scales, norms and biases then tuned together" if (report["polish"] or {}).get("kept") else ""
+    base = f"base_model: {name}\n" if name.count("/") == 1 else ""
     return f"""---
-base_model: {name}
-library_name: transformers
+{base}library_name: transformers
 tags: [logitwise, quantized]
 ---
 
 # {name}, {grid}
 
-The linear layers of [{name}] quantized to {grid}, {kind}, by
+The linear layers of {name} quantized to {grid}, {kind}, by
 [logitwise](https://pypi.org/project/logitwise/) {report["versions"]["logitwise"]} with {recipe["method"]}.
-The final blocks were fitted by {report["fitted_by"]}.
+The final blocks were fitted by {report["fitted_by"]}{polished}.
 {report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.
 {measured}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(FOLDER)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(".")
 ```
 
 `logitwise.json` holds the recipe, every automatic choice with its reason, versions, losses and what became of each

@@ -87,6 +87,8 @@ def quantize(
     reads = learns or recipe.polish
     if rows is not None and reads:
         split(rows, recipe)
+    if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
+        watcher.say(f"{recipe.method} reads no text: --calibration is not used")
     with repeatable():
         job = check(model, out, recipe, overwrite, reads and rows is None, revision, watcher)
         for name, choice in job.choices.items():
@@ -151,6 +153,8 @@ def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, 
 def _round(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: Watcher) -> list[Step]:
     """Every block by a method that learns nothing; no text is read."""
     steps = plan_steps(recipe.but(objective="mse"), len(job.skeleton), root)
+    if done := sum(folder.has(step.key) for step in steps):
+        watcher.say(f"{done} of {len(steps)} blocks were rounded before")
     with watcher.stage("Rounding blocks", len(steps)) as stage:
         for step in steps:
             if not folder.has(step.key):
@@ -173,17 +177,17 @@ def _polish(
     """All scales tuned together, from the run folder or now; None where that is not asked for."""
     if not recipe.polish:
         return None
-    rows = Rows.join([data.train[: recipe.rows_polish], data.held_out])
+    rows = Rows.join([data.train[: recipe.polish_rows], data.held_out])
     learning = {role: vars(recipe.polish_learning_of(role)) for role in POLISHED}
-    asked = recipe.model_dump(include={"polish_steps", "polish_batch", "batch", "checks", "seed", "fresh_rows"})
+    asked = recipe.model_dump(include={"polish_steps", "polish_batch", "batch", "checks", "seed", "polish_fresh"})
     digest = digest_of(rows.ids, rows.following, rows.weights)
     key = chain("polish", made_by=made_by, rows=digest, held_out=len(data.held_out), learning=learning, **asked)
     if not folder.has(key):
         with watcher.stage("Polishing all scales", recipe.polish_steps) as stage:
             polish = Polish(job.skeleton, recipe, rows, len(data.held_out), codes, job.kept)
-            folder.save_polished(key, polish.run(stage, _fresh(job, recipe) if recipe.fresh_rows else None))
+            folder.save_polished(key, polish.run(stage, _fresh(job, recipe) if recipe.polish_fresh else None))
     polished = folder.load_polished(key)
-    if recipe.fresh_rows:
+    if recipe.polish_fresh:
         end = f"flat after {polished.flat}" if polished.flat is not None else "not flat yet after"
         watcher.say(
             f"held-out KL was {end} of {recipe.polish_steps} steps; {polished.tokens:,} tokens were learned from"

@@ -327,7 +327,7 @@ def _refuse_not_a_number(parameters: list[tuple[str, nn.Parameter]]) -> None:
         raise MachineError(
             "polish: a learned parameter is no longer a finite number",
             "the loss or its gradient overflowed",
-            "finished windows are kept: run again with a smaller rate (--recipe FILE, [polish_learning])",
+            "finished blocks are kept: run again with a smaller rate (--recipe FILE, [polish_learning])",
         )
 
 

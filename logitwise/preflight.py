@@ -122,11 +122,11 @@ def _check_roles(recipe: Recipe) -> None:
                     f"what is learned is {', '.join(read) or 'nothing'}",
                     "name one of these roles, or remove it",
                 )
-    if recipe.fresh_rows and not (recipe.polish and writes(recipe.calibration)):
+    if recipe.polish_fresh and not (recipe.polish and writes(recipe.calibration)):
         raise RecipeError(
-            "fresh_rows is not read",
+            "polish_fresh is not read",
             "new rows are written for --polish alone, by --calibration self or server",
-            "add --polish, choose such a calibration, or leave fresh_rows out",
+            "add --polish, choose such a calibration, or leave polish_fresh out",
         )
     known = [field.name for field in fields(OBJECTIVES[recipe.objective])]  # type: ignore[arg-type]
     for setting in recipe.objective_settings:

@@ -85,8 +85,8 @@ class Recipe(_Frozen):
     polish_steps: int = Field(300, ge=1, description="optimiser steps of the polish")
     polish_batch: int | None = Field(None, ge=1, description="rows a step of the polish; None: as `batch`")
     polish_learning: dict[str, Learning] | None = Field(None, description="of scales and vectors; None: as shipped")
-    rows_polish: int | None = Field(None, ge=1, description="calibration rows of the polish; None: all there are")
-    fresh_rows: bool = Field(False, description="write new rows while the polish goes on, until held-out KL is flat")
+    polish_rows: int | None = Field(None, ge=1, description="calibration rows of the polish; None: all there are")
+    polish_fresh: bool = Field(False, description="write new rows while the polish goes on, until held-out KL is flat")
 
     seed: int = Field(0, ge=0)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
@@ -184,15 +184,22 @@ def _explained(error: ValidationError, settings: Mapping[str, Any]) -> RecipeErr
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = list((Recipe if len(first["loc"]) == 1 else Learning).model_fields)
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, cutoff=0.5)
+        near = _nearest(str(first["loc"][-1]), known)
         return RecipeError(
             f"unknown recipe key {place}",
             "no option has that name",
             f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}",
         )
     field = Recipe.model_fields.get(str(first["loc"][0]))
+    reason = first["msg"].replace("Input should", "it should")
     return RecipeError(
         f"{place} = {first['input']!r} is not possible",
-        first["msg"][:1].lower() + first["msg"][1:],
-        f"{place}: {field.description}" if field and field.description else "change the value",
+        reason[:1].lower() + reason[1:],
+        f"change it; {place} is: {field.description}" if field and field.description else "change it",
     )
+
+
+def _nearest(wrong: str, known: list[str]) -> list[str]:
+    """The known key of the same words in another order, or of the most similar letters."""
+    same = [key for key in known if sorted(key.split("_")) == sorted(wrong.split("_"))]
+    return same or difflib.get_close_matches(wrong, known, 1, cutoff=0.5)

@@ -144,7 +144,7 @@ class RunFolder:
             raise MachineError(
                 f"{self.path} cannot be written",
                 str(error),
-                "free some disk and run the same command again: finished windows are kept",
+                "free some disk and run the same command again: finished blocks are kept",
             ) from error
 
 

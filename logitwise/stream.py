@@ -151,13 +151,13 @@ class Walk:
         """Fits every step that is not finished; afterwards the run folder has them all."""
         missing = [step for step in steps if not self.folder.has(step.key)]
         if not missing:
-            watcher.say(f"all {len(steps)} windows were finished before")
+            watcher.say(f"all {len(steps)} fits were finished before")
             return
         if len(missing) < len(steps):
-            watcher.say(f"{len(steps) - len(missing)} of {len(steps)} windows were finished before")
+            watcher.say(f"{len(steps) - len(missing)} of {len(steps)} fits were finished before")
         depth, refit = len(self.skeleton), steps[len(self.skeleton) :]
         fork = refit[0].blocks[0] if refit else depth
-        with watcher.stage("Fitting blocks", sum(self._cost(step) for step in steps)) as stage:
+        with watcher.stage("Fitting blocks", sum(self._cost(step) for step in missing)) as stage:
             calls = self.skeleton.calls(self.rows.ids.shape[1])
             teacher = self.skeleton.embed(self.rows.ids, batch=self.recipe.batch)
             student = at_fork = teacher.clone()
@@ -195,7 +195,6 @@ class Walk:
         recipe, device = self.recipe, self.skeleton.device
         stage.advance(0, f"{step.title} of {len(self.skeleton)}, {step.objective}")
         if self.folder.has(step.key):
-            stage.advance(self._cost(step))
             return {s: self.folder.load(step.key, recipe.grid, s.name).to(device) for s in window.slots}
         targets = teacher
         if step.refit and recipe.teacher_last == "quantized":

@@ -55,6 +55,7 @@ def test_quantize_evaluate_inspect(place: Path) -> None:
     assert measured.stderr == ""
     figures = json.loads((place / "figures.json").read_text("utf-8"))
     assert figures["kl"]["mean"] > 0
+    assert 0 < figures["reference_perplexity"]["mean"] < figures["perplexity"]["mean"] * 2
     assert figures["kl"]["standard_error"] > 0
     assert figures["tokens"] == 8 * 32 - 8 or figures["tokens"] <= 8 * 32
     assert figures["bits_per_weight"] == pytest.approx(3 + 19 / 16)
@@ -62,7 +63,7 @@ def test_quantize_evaluate_inspect(place: Path) -> None:
     inspected = logitwise(place, "inspect", "out", "-v")
     assert inspected.returncode == 0, inspected.stderr
     assert "3 bits, groups of 16, asymmetric, float16 scales" in inspected.stdout
-    assert "14 tensors quantized" in inspected.stdout
+    assert "14 tensors in 3 bits" in inspected.stdout
     assert "model.layers.1.mlp.down_proj.weight" in inspected.stdout
 
 

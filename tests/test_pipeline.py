@@ -199,7 +199,7 @@ def test_an_option_of_the_final_blocks_changes_them_alone(
 def test_a_polished_checkpoint_is_what_was_measured_and_lowers_the_divergence(
     folder: Path, text: Path, tmp_path: Path, method: str
 ) -> None:
-    changes = {"method": method, "scale_dtype": "float16", "polish_steps": 30, "rows_polish": 30}
+    changes = {"method": method, "scale_dtype": "float16", "polish_steps": 30, "polish_rows": 30}
     ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
     run = {"run_folder": tmp_path / "run", "keep_run": True}
     plain = logitwise.quantize(folder, tmp_path / "plain", recipe(text, **changes, polish=False), **run)
@@ -223,7 +223,7 @@ def test_a_polished_checkpoint_is_what_was_measured_and_lowers_the_divergence(
 def test_a_polish_on_fresh_text_of_the_model_says_how_much_it_read(folder: Path, tmp_path: Path) -> None:
     listener = Listener()
     changes = {"calibration": "self", "rows": 6, "held_out": 4, "row_tokens": 48, "batch": 2, "steps": 2}
-    changes |= {"polish": True, "fresh_rows": True, "polish_steps": 10, "checks": 5}
+    changes |= {"polish": True, "polish_fresh": True, "polish_steps": 10, "checks": 5}
     made = logitwise.Recipe.load(None, **{**TINY, **changes})
     result = logitwise.quantize(folder, tmp_path / "out", made, watcher=listener)
     steps = len(result.report["polish"]["losses"])
@@ -311,7 +311,7 @@ def test_a_run_that_stopped_goes_on_and_gives_the_same_bytes(folder: Path, text:
     finally:
         stream.fit = true_fit
     assert len(calls) == 4  # two of three windows were left
-    assert "1 of 3 windows were finished before" in listener.said
+    assert "1 of 3 fits were finished before" in listener.said
     whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
     assert whole == resumed
     assert not (tmp_path / "out.run").exists()
@@ -417,8 +417,10 @@ def test_what_is_refused_before_any_work(folder: Path, text: Path, tmp_path: Pat
     typo = {"rouding": {"optimizer": "adam", "rate": 1e-3, "schedule": "cosine"}}
     refused(InputError, r"learning\.rouding.*", folder, out, good.but(learning=typo), out=out)
     refused(InputError, r"polish_learning\.rouding.*", folder, out, good.but(polish_learning=typo), out=out)
-    refused(InputError, "fresh_rows is not read", folder, out, good.but(fresh_rows=True, polish=True), out=out)
-    refused(InputError, "fresh_rows is not read", folder, out, good.but(fresh_rows=True, calibration="self"), out=out)
+    refused(InputError, "polish_fresh is not read", folder, out, good.but(polish_fresh=True, polish=True), out=out)
+    refused(
+        InputError, "polish_fresh is not read", folder, out, good.but(polish_fresh=True, calibration="self"), out=out
+    )
     refused(InputError, r"settings\.heat", folder, out, good.but(objective_settings={"heat": 2}), out=out)
     short = tmp_path / "short.txt"
     short.write_text("too short", encoding="utf-8")

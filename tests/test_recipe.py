@@ -87,7 +87,7 @@ def test_an_unknown_key_of_a_learning_table_is_refused_with_its_own_nearest() ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 1}, "bits = 1 is not possible\n.*greater than or equal to 2\n.*bits: bits a weight"),
+        ({"bits": 1}, "bits = 1 is not possible\n.*greater than or equal to 2\n.*bits is: bits a weight"),
         ({"bits": 9}, "bits = 9 is not possible\n.*less than or equal to 8"),
         ({"bits": "four"}, "bits = 'four' is not possible\n.*valid integer"),
         ({"bits": 3.5}, "bits = 3.5 is not possible"),

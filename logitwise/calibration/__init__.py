@@ -196,7 +196,7 @@ def fresh_rows(
         raise CalibrationError(
             f"{spec} cannot give new rows without end",
             "its text is read, not written",
-            "choose --calibration self, self:PROMPTS or server:URL, or leave out fresh_rows",
+            "choose --calibration self, self:PROMPTS or server:URL, or leave out polish_fresh",
         )
     separator, pending = separator_of(tokenizer), list[Document]()
     for part in count(1):

@@ -19,28 +19,28 @@ def read_utf8(path: Path) -> str:
     """
     if not path.is_file():
         why = "it is a folder" if path.is_dir() else "there is no such file"
-        raise CalibrationError(f"calibration file {path} cannot be read", why, "check the path")
+        raise CalibrationError(f"the file {path} cannot be read", why, "check the path")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise CalibrationError(
-            f"calibration file {path} cannot be read", str(error.strerror), "check its permissions"
+            f"the file {path} cannot be read", str(error.strerror), "check its permissions"
         ) from error
     if b"\0" in content:
         raise CalibrationError(
-            f"calibration file {path} is binary", "it holds zero bytes", "give plain UTF-8 text or JSON lines"
+            f"the file {path} is binary", "it holds zero bytes", "give plain UTF-8 text or JSON lines"
         )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise CalibrationError(
-            f"calibration file {path} is not UTF-8",
+            f"the file {path} is not UTF-8",
             f"byte {content[error.start]:#04x} in line {line} does not decode",
             "convert it to UTF-8",
         ) from error
     if not text.strip():
-        raise CalibrationError(f"calibration file {path} is empty", "it holds no text", "give a file with text in it")
+        raise CalibrationError(f"the file {path} is empty", "it holds no text", "give a file with text in it")
     return text
 
 

@@ -18,10 +18,9 @@ def choose(grid: Grid) -> tuple[Format, str]:
     reason = chosen.holds(grid)
     if reason is not None:
         raise FormatError("no format holds this grid", reason, "choose other bits, group size or --scale-dtype")
-    loader = "transformers" if grid.bits in (2, 4, 8) else "transformers with compressed-tensors 0.18"
     # On a CPU, vLLM 0.32 has a kernel for 4 bits only; what it serves on a GPU is read from its source, not run.
-    served = "vLLM" if grid.bits == 4 else "vLLM on a GPU"
-    return chosen, f"{loader} loads it at {grid.bits} bits, and so does {served}"
+    served = "and vLLM serves it" if grid.bits == 4 else "vLLM should serve it on a GPU (not tried)"
+    return chosen, f"transformers with compressed-tensors 0.18 loads it, {served}"
 
 
 __all__ = ["FORMATS", "CompressedTensors", "Format", "choose"]

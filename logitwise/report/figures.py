@@ -1,5 +1,7 @@
 """The tables and sentences of each command, from what its public function returned."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
@@ -27,16 +29,19 @@ def show_result(console: Console, result: Result) -> None:
     )
     if result.held_out_kl:
         kls = ", ".join(f"{name} {kl:.4f}" for name, kl in result.held_out_kl.items())
-        console.print(f"held-out KL to full precision, nats a token: {kls}; kept: {result.fitted_by}")
+        console.print(f"held-out KL to full precision, nats a token: {kls}; kept: {_kept(report)}")
     _show_loading(console, result)
 
 
-def show_evaluation(console: Console, name: str, found: Evaluation) -> None:
+def show_evaluation(console: Console, found: Evaluation) -> None:
     """The figures of `evaluate`."""
-    table(console, COLUMNS, [[name, *_size(found.size), *_figures(found.likelihood)]])
     where = found.conditions
-    rows = f"{found.likelihood.tokens:,} tokens in {where['rows']} rows of {where['row_tokens']}"
-    console.print(f"{rows}; {KEY.format(escape(str(where['reference'])))}", style="dim", highlight=False)
+    rows = [[where["model"], *_size(found.size), *_figures(found.likelihood)]]
+    if found.reference and found.reference_size:
+        rows.insert(0, [where["reference"], *_size(found.reference_size), *_figures(found.reference)])
+    table(console, COLUMNS, rows)
+    read = f"{found.likelihood.tokens:,} tokens in {where['rows']} rows of {where['row_tokens']}"
+    console.print(f"{read}; {KEY.format(escape(str(where['reference'])))}", style="dim", highlight=False)
 
 
 def show_contents(console: Console, found: Contents, every: bool) -> None:
@@ -48,10 +53,9 @@ def show_contents(console: Console, found: Contents, every: bool) -> None:
         console.print(f"{found.size.bits_per_weight:.2f} bits a quantized weight, scales and zero points included")
     if found.report:
         recipe = found.report["recipe"]
-        console.print(f"made by logitwise: {recipe['method']}, final blocks fitted by {found.report['fitted_by']}")
-    counts = {kind: [t for t in found.tensors if t[2] == kind] for kind in ("quantized", "kept")}
-    for kind, tensors in counts.items():
-        console.print(f"{len(tensors)} tensors {kind}")
+        console.print(f"made by logitwise: {recipe['method']}, final blocks by {_kept(found.report)}")
+    for kind in sorted({kind for _, _, kind in found.tensors}):
+        console.print(f"{sum(stored == kind for _, _, stored in found.tensors)} tensors in {kind}")
     if every:
         table(console, ("tensor", "shape", "stored"), [[n, " x ".join(map(str, s)), k] for n, s, k in found.tensors])
     else:
@@ -75,6 +79,12 @@ def show_demo(console: Console, found: Demo) -> None:
     for entry in found.entries:
         console.print(Padding(f"[bold]{entry.name}[/]: {escape(' '.join(entry.answer.split()))} ...", (0, 0, 0, 2)))
     _show_loading(console, found.result)
+
+
+def _kept(report: dict[str, Any]) -> str:
+    """What the final blocks were fitted by, and whether the polish changed anything."""
+    polished = report.get("polish") and report["polish"]["kept"]
+    return f"{report['fitted_by']}, then polished" if polished else str(report["fitted_by"])
 
 
 def _show_loading(console: Console, result: Result) -> None:

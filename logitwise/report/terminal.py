@@ -20,10 +20,9 @@ class _TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         if task.finished:
             return Text(f"{_clock(task.elapsed)}", style="green")
-        if not task.completed or not task.total or task.elapsed is None:
+        if task.fields["until"] is None:
             return Text("")
-        left = task.elapsed * (task.total - task.completed) / task.completed
-        return Text(f"{_clock(left)} left", style="cyan")
+        return Text(f"{_clock(max(0.0, task.fields['until'] - time.monotonic()))} left", style="cyan")
 
 
 def _clock(seconds: float | None) -> str:
@@ -35,15 +34,20 @@ def _clock(seconds: float | None) -> str:
 
 class _Bar(Stage):
     def __init__(self, progress: Progress, title: str, total: float) -> None:
-        self.progress, self.task = progress, progress.add_task(title, total=total, detail="")
+        self.progress, self.task = progress, progress.add_task(title, total=total, detail="", until=None)
+        self.began, self.done, self.total = time.monotonic(), 0.0, total
 
     def advance(self, units: float = 1, detail: str = "") -> None:
-        self.progress.update(self.task, advance=units)
+        self.reach(self.done + units)
         if detail:
             self.progress.update(self.task, detail=escape(detail))
 
     def reach(self, units: float) -> None:
-        self.progress.update(self.task, completed=units)
+        if units > self.done:
+            # When it ends is guessed when something is done, and counted down to in between.
+            now, self.done = time.monotonic(), units
+            until = now + (now - self.began) * (self.total - units) / units
+            self.progress.update(self.task, completed=units, until=until)
 
     def finish(self) -> None:
         task = self.progress.tasks[0]
@@ -153,7 +157,7 @@ def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]
     """Prints rows under columns; the first column to the left, the others to the right."""
     drawn = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1))
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
     for row in rows:
         drawn.add_row(*(escape(cell) for cell in row))
     console.print(drawn)

@@ -165,9 +165,8 @@ def test_holds_layer():
 def test_choose():
     chosen, why = choose(Grid(4, 64, True))
     assert chosen is FORMATS["compressed-tensors"]
-    assert why == "transformers loads it at 4 bits, and so does vLLM"
-    why = "transformers with compressed-tensors 0.18 loads it at 3 bits, and so does vLLM on a GPU"
-    assert choose(Grid(3, 64, False))[1] == why
+    assert why == "transformers with compressed-tensors 0.18 loads it, and vLLM serves it"
+    assert choose(Grid(3, 64, False))[1].endswith("vLLM should serve it on a GPU (not tried)")
     with pytest.raises(FormatError, match=r"no format holds this grid\n.*not 9"):
         choose(Grid(9, 64, False))
 
