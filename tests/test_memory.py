@@ -11,6 +11,7 @@ from source_files import llama_config, random_model, save
 MEASURE = """
 import json, sys, torch
 import logitwise
+from logitwise.pipeline import quantize  # Python and torch are in the first figure
 torch.set_num_threads(1)
 
 def peak():  # ru_maxrss would count what the process that started this one had in memory
@@ -21,7 +22,7 @@ settings = dict(bits=3, group_size=64, rows=8, held_out=4, row_tokens=64, steps=
 settings |= dict(polish=True, polish_steps=1)
 recipe = logitwise.Recipe.load(None, **settings, calibration="text:" + sys.argv[3])
 before = peak()
-logitwise.quantize(sys.argv[1], sys.argv[2], recipe)
+quantize(sys.argv[1], sys.argv[2], recipe)
 print(json.dumps([before, peak()]))
 """
 WIDTH, INNER = 384, 1024
