@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from logitwise.fit import Data, Schedule, Window, fit
 from logitwise.grid import Grid
@@ -50,8 +50,6 @@ class RandomSource(Source):
     def __init__(self, config: PretrainedConfig) -> None:
         self.name, self.config, self.dtype = "random", config, torch.bfloat16
         with torch.device("meta"):
-            from transformers import AutoModelForCausalLM
-
             self.shapes = {n: tuple(p.shape) for n, p in AutoModelForCausalLM.from_config(config).named_parameters()}
 
     def names(self) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from logitwise.errors import MachineError
 from logitwise.grid import Grid, Quantized
 from logitwise.objectives import Objective, Taps
-from logitwise.quantizers import Quantizer, Role, Start
+from logitwise.quantizers import Quantizer, Start
 from logitwise.recipe import Learning
 from logitwise.skeleton import Call, Head, Skeleton, Slot
 from logitwise.watch import Stage
@@ -155,7 +156,10 @@ def fit(
 
     Errors: MachineError, naming the layer, where a parameter stops being a number.
     """
-    optimizers = _optimizers(quantizers.values(), schedule)
+    optimizers = Optimizers(
+        ((role, p) for q in quantizers.values() for role, parameters in q.groups().items() for p in parameters),
+        schedule.learning,
+    )
     order = row_order(data.train, schedule.batch, schedule.seed)
     checks = {round(schedule.steps * (i + 1) / schedule.checks) for i in range(schedule.checks)} | {0}
     losses: list[Tensor] = []
@@ -176,11 +180,7 @@ def fit(
         student = window.learn(data.inputs[rows], quantizers, step / schedule.steps)
         loss = objective.loss(data.taps(rows, student, head))
         loss.backward()
-        for optimizer, learning in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(learning, step, schedule.steps)
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizers.step(partial(rate_at, step=step, steps=schedule.steps))
         for quantizer in quantizers.values():
             quantizer.after_step()
         losses.append(loss.detach())
@@ -234,22 +234,34 @@ class SignSGD(torch.optim.Optimizer):
                 parameter.sub_(parameter.grad.sign() + 0 * parameter.grad, alpha=group["lr"])
 
 
-def _optimizers(quantizers: Iterable[Quantizer], schedule: Schedule) -> list[tuple[torch.optim.Optimizer, Learning]]:
-    """An optimiser for each role. torch's schedulers are not used: they and their optimiser hold each other, so that a
-    window's parameters would stay in memory until Python looks for cycles.
+class Optimizers:
+    """An optimiser for each role, as the recipe says.
+
+    torch's schedulers are not used: they and their optimiser hold each other, so that a window's parameters would stay
+    in memory until Python looks for cycles.
+
+    Args:
+        parameters: each with its role.
+        learning: how a role is learned.
     """
-    by_role: dict[Role, list[nn.Parameter]] = {}
-    for quantizer in quantizers:
-        for role, parameters in quantizer.groups().items():
-            by_role.setdefault(role, []).extend(parameters)
-    found: list[tuple[torch.optim.Optimizer, Learning]] = []
-    for role, parameters in by_role.items():
-        learning = schedule.learning(role)
-        group = [{"params": parameters}]
-        found.append(
-            (SignSGD(group) if learning.optimizer == "sign_sgd" else torch.optim.Adam(group, fused=True), learning)
-        )
-    return found
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], learning: Callable[[str], Learning]) -> None:
+        by_role: dict[str, list[nn.Parameter]] = {}
+        for role, parameter in parameters:
+            by_role.setdefault(role, []).append(parameter)
+        self._each: list[tuple[torch.optim.Optimizer, Learning]] = []
+        for role, own in by_role.items():
+            how, group = learning(role), [{"params": own}]
+            sign = how.optimizer == "sign_sgd"
+            self._each.append((SignSGD(group) if sign else torch.optim.Adam(group, fused=True), how))
+
+    def step(self, rate: Callable[[Learning], float]) -> None:
+        """One step of each at the rate of its role; gradients are let go."""
+        for optimizer, learning in self._each:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(learning)
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def rate_at(learning: Learning, step: int, steps: int) -> float:

@@ -9,6 +9,7 @@ each block is run once more, so that no more than one is in memory with its acti
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,10 +18,10 @@ from torch.func import functional_call
 
 from logitwise.calibration.rows import Rows
 from logitwise.errors import MachineError
-from logitwise.fit import rate_at, row_order
+from logitwise.fit import Optimizers, rate_at, row_order
 from logitwise.grid import Quantized, merge, split, store_through
 from logitwise.objectives.soft import compare, soft_cross_entropy
-from logitwise.recipe import Recipe
+from logitwise.recipe import Learning, Recipe
 from logitwise.skeleton import Call, Skeleton, Slot
 from logitwise.watch import Stage
 
@@ -194,8 +195,7 @@ class Polish:
         held = self._pass(self.rows[train:], calls)
         batches = self._batches(train, calls, fresh)
         parameters = list(self._parameters())
-        learnings = {role: recipe.polish_learning_of(role) for role, _ in parameters}
-        optimizers = {role: torch.optim.Adam([p for r, p in parameters if r == role], fused=True) for role in learnings}
+        optimizers = Optimizers(parameters, recipe.polish_learning_of)
         steps, every = recipe.polish_steps, recipe.polish_steps / recipe.checks
         checks = {round(every * i) for i in range(recipe.checks + 1)}
         losses: list[Tensor] = []
@@ -219,14 +219,10 @@ class Polish:
             batch = next(batches)
             tokens += int((batch.weights > 0).sum())
             losses.append(self._learn(batch, calls))
-            for role, optimizer in optimizers.items():
-                rate = rate_at(learnings[role], step, steps)
-                if fresh is not None:
-                    rate = learnings[role].rate * min(1.0, (steps - step) / max(1, steps - falls))
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                optimizer.zero_grad()
+            if fresh is None:
+                optimizers.step(partial(rate_at, step=step, steps=steps))
+            else:
+                optimizers.step(partial(_held_rate, share=min(1.0, (steps - step) / max(1, steps - falls))))
             step += 1
             stage.advance()
         if best is None:
@@ -258,10 +254,7 @@ class Polish:
         inputs = self.skeleton.embed(rows.ids, batch=self.recipe.batch)
         hidden = inputs.clone()
         for block, call in enumerate(calls):
-            weights = self.skeleton.load_block(block)
-            for start in range(0, len(hidden), self.recipe.batch):
-                part = slice(start, start + self.recipe.batch)
-                hidden[part] = self.skeleton.run(block, weights, hidden[part], call)
+            self.skeleton.advance(block, self.skeleton.load_block(block), hidden, call, self.recipe.batch)
         return _Passed(inputs, hidden, rows.weights.to(inputs.device))
 
     def _learn(self, batch: _Passed, calls: list[Call]) -> Tensor:
@@ -289,10 +282,7 @@ class Polish:
         """Mean KL(teacher || student) of the held-out rows."""
         hidden = held.inputs.clone()
         for block, call in enumerate(calls):
-            own = self._weights(block)
-            for start in range(0, len(hidden), self.recipe.batch):
-                part = slice(start, start + self.recipe.batch)
-                hidden[part] = self.skeleton.run(block, own, hidden[part], call)
+            self.skeleton.advance(block, self._weights(block), hidden, call, self.recipe.batch)
         counted = held.weights > 0
         unused = torch.zeros(int(counted.sum()), dtype=torch.int64, device=hidden.device)
         student, target = self._normed(hidden[counted]), self.head.hidden(held.teacher[counted])
@@ -320,6 +310,11 @@ class Polish:
 def is_flat(values: list[float]) -> bool:
     """Whether the least of a held-out curve fell by less than a hundredth over its last two values."""
     return len(values) > 2 and min(values[:-2]) - min(values) < 0.01 * min(values)
+
+
+def _held_rate(learning: Learning, share: float) -> float:
+    """A share of the rate, without its schedule."""
+    return learning.rate * share
 
 
 def _refuse_not_a_number(parameters: list[tuple[str, nn.Parameter]]) -> None:

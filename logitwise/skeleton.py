@@ -244,6 +244,18 @@ class Skeleton:
         hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
+    def advance(
+        self,
+        block: int,
+        weights: Mapping[str, Tensor],
+        hidden: Float[Tensor, "rows tokens d"],
+        call: Call,
+        batch: int,
+    ) -> None:
+        """`hidden` in place becomes one block's output, `batch` rows at a time."""
+        for part in hidden.split(batch):
+            part.copy_(self.run(block, weights, part, call))
+
     def embed(
         self, ids: Int64[Tensor, "rows tokens"], source: Source | None = None, batch: int = 8
     ) -> Float[Tensor, "rows tokens d"]:

@@ -68,10 +68,7 @@ def outputs(
     with torch.no_grad(), watcher.stage(title, len(skeleton)) as stage:
         hidden = skeleton.embed(rows.ids, source, batch)
         for block, call in enumerate(skeleton.calls(rows.ids.shape[1])):
-            weights = skeleton.load_block(block, source)
-            for start in range(0, len(rows), batch):
-                part = slice(start, start + batch)
-                hidden[part] = skeleton.run(block, weights, hidden[part], call)
+            skeleton.advance(block, skeleton.load_block(block, source), hidden, call, batch)
             stage.advance()
         head = skeleton.head(source)
         return Outputs(head.hidden(hidden[(rows.weights > 0).to(skeleton.device)]), head)
