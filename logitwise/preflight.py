@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from logitwise.audit import Fate, audit, keeper
 from logitwise.calibration import check_spec, writes
@@ -15,12 +16,15 @@ from logitwise.machine import choose_machine
 from logitwise.objectives import OBJECTIVES
 from logitwise.polish import POLISHED
 from logitwise.quantizers import QUANTIZERS, STARTS
-from logitwise.recipe import Choice, Recipe
+from logitwise.recipe import Choice, Recipe, not_possible
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedFolder, check_tokenizer, check_weights, open_source
 from logitwise.source.base import Source
 from logitwise.stream import roles_of
 from logitwise.watch import Watcher
+
+OF_THE_REFIT = ("final_blocks", "shrink", "teacher_last", "start_last", "learning_last", "objective_settings")
+OF_THE_POLISH = ("polish_steps", "polish_batch", "polish_learning", "polish_rows")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ def check(
     check_output(out, overwrite)
     _check_names(recipe)
     _check_roles(recipe)
+    _check_read(recipe)
+    _check_settings(recipe)
     form, why = choose(recipe.grid) if recipe.format == "auto" else (FORMATS[recipe.format], "as asked")
     reason = form.holds(recipe.grid)
     if reason is not None:
@@ -122,13 +128,32 @@ def _check_roles(recipe: Recipe) -> None:
                     f"what is learned is {', '.join(read) or 'nothing'}",
                     "name one of these roles, or remove it",
                 )
-    if recipe.polish_fresh and not (recipe.polish and writes(recipe.calibration)):
-        raise RecipeError(
-            "polish_fresh is not read",
+
+
+def _check_read(recipe: Recipe) -> None:
+    """Refuses what is asked for, by a value that is not the default, and would be ignored."""
+    method, objective = QUANTIZERS[recipe.method], OBJECTIVES[recipe.objective]
+    cases: list[tuple[tuple[str, ...], bool, str, str]] = [  # keys, whether they are read, why not, what would help
+        (OF_THE_REFIT, method.learns, f"{recipe.method} learns nothing", "choose another --method"),
+        (OF_THE_REFIT, objective.reads_head, f"{recipe.objective} fits each block alone", "choose another --objective"),
+        (("shrink",), recipe.final_blocks > 1, "one final block is alone already", "ask for more --final-blocks"),
+        (OF_THE_POLISH, recipe.polish, "there is no polish without --polish", "add --polish"),
+        (
+            ("polish_fresh",),
+            recipe.polish and writes(recipe.calibration),
             "new rows are written for --polish alone, by --calibration self or server",
-            "add --polish, choose such a calibration, or leave polish_fresh out",
-        )
-    known = [field.name for field in fields(OBJECTIVES[recipe.objective])]  # type: ignore[arg-type]
+            "add --polish, choose such a calibration",
+        ),
+    ]
+    for keys, read, why, instead in cases:
+        for key in keys:
+            if not read and getattr(recipe, key) != Recipe.model_fields[key].default:
+                raise RecipeError(f"{key} is not read", why, f"{instead}, or leave {key} out")
+
+
+def _check_settings(recipe: Recipe) -> None:
+    objective = OBJECTIVES[recipe.objective]
+    known = {field.name: field.default for field in fields(objective)}  # type: ignore[arg-type]
     for setting in recipe.objective_settings:
         if setting not in known:
             raise RecipeError(
@@ -136,6 +161,12 @@ def _check_roles(recipe: Recipe) -> None:
                 f"{recipe.objective} has {', '.join(known) or 'no settings'}",
                 "name one of these, or remove it",
             )
+    try:
+        TypeAdapter(objective).validate_python(recipe.objective_settings)
+    except ValidationError as error:
+        setting = str(error.errors()[0]["loc"][0])
+        remedy = f"change it, or leave it out for {known[setting]}"
+        raise not_possible(f"objective_settings.{setting}", error, remedy) from error
 
 
 def _check_slots(slots: list[Slot], form: Format, recipe: Recipe) -> None:

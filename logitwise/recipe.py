@@ -1,7 +1,7 @@
 """What to do: every option of a run, frozen, with unknown keys refused.
 
 Presets and the settings of each method are TOML files in `recipes/`. A recipe is made of the defaults, then a preset or
-a file, then single keys: later ones win.
+a file, then single keys: later ones win. What a preset or file says of its method, objective or polish falls with it.
 """
 
 import difflib
@@ -19,6 +19,13 @@ from logitwise.errors import RecipeError
 from logitwise.grid import Grid
 
 PRESETS = ("quick", "standard", "best", "demo")
+
+FALLS_WITH = {
+    "method": ("learning", "learning_last"),
+    "objective": ("objective_settings",),
+    "polish": ("polish_steps", "polish_batch", "polish_learning", "polish_rows", "polish_fresh"),
+}
+"""By choice: the keys of a preset or file that mean nothing where another choice is asked for than its own."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +61,7 @@ class Recipe(_Frozen):
 
     method: str = Field("flexround", description="how weights are learned")
     objective: str = Field("lfq", description="what the final blocks are fitted by")
-    objective_settings: dict[str, bool | int | float] = Field(
-        {}, description="of the objective: temperature, k, share, prompts"
-    )
+    objective_settings: dict[str, Any] = Field({}, description="of the objective: temperature, k, share, prompts")
     final_blocks: int = Field(1, ge=1, description="blocks at the end that are fitted together by the objective")
     shrink: bool = Field(False, description="then fit the final blocks again without the first of them, and so on")
     teacher_last: Literal["full_precision", "quantized"] = Field(
@@ -120,9 +125,14 @@ class Recipe(_Frozen):
     def load(cls, preset: str | Path | None = None, /, **changes: Any) -> "Recipe":
         """A preset's or file's recipe (default: `standard`), with `changes` on top.
 
+        Its settings of a method, objective or polish that `changes` replace are left out; see `FALLS_WITH`.
+
         Errors: RecipeError, naming the nearest key for one that is unknown.
         """
         settings = _shipped("standard") if preset is None else _read(preset)
+        for choice, own in FALLS_WITH.items():
+            if settings.get(choice) and changes.get(choice, settings[choice]) != settings[choice]:
+                settings = {key: value for key, value in settings.items() if key not in own}
         return cls.of({**settings, **changes})
 
     @classmethod
@@ -134,7 +144,7 @@ class Recipe(_Frozen):
         try:
             return cls.model_validate(dict(settings))
         except ValidationError as error:
-            raise _explained(error, settings) from error
+            raise _explained(error) from error
 
     def but(self, **changes: Any) -> "Recipe":
         """The same with some settings changed."""
@@ -179,7 +189,14 @@ def _read(preset: str | Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {preset} cannot be read", str(error), "mend the file; it is TOML") from error
 
 
-def _explained(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError:
+def not_possible(place: str, error: ValidationError, remedy: str) -> RecipeError:
+    """What is said of the value of a key, `place`, that pydantic did not take."""
+    first = error.errors()[0]
+    reason = first["msg"].replace("Input should", "it should")
+    return RecipeError(f"{place} = {first['input']!r} is not possible", reason[:1].lower() + reason[1:], remedy)
+
+
+def _explained(error: ValidationError) -> RecipeError:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -191,12 +208,8 @@ def _explained(error: ValidationError, settings: Mapping[str, Any]) -> RecipeErr
             f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}",
         )
     field = Recipe.model_fields.get(str(first["loc"][0]))
-    reason = first["msg"].replace("Input should", "it should")
-    return RecipeError(
-        f"{place} = {first['input']!r} is not possible",
-        reason[:1].lower() + reason[1:],
-        f"change it; {place} is: {field.description}" if field and field.description else "change it",
-    )
+    known_as = f"; {place} is: {field.description}" if field and field.description else ""
+    return not_possible(place, error, f"change it{known_as}")
 
 
 def _nearest(wrong: str, known: list[str]) -> list[str]:

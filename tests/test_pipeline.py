@@ -199,11 +199,12 @@ def test_an_option_of_the_final_blocks_changes_them_alone(
 def test_a_polished_checkpoint_is_what_was_measured_and_lowers_the_divergence(
     folder: Path, text: Path, tmp_path: Path, method: str
 ) -> None:
-    changes = {"method": method, "scale_dtype": "float16", "polish_steps": 30, "polish_rows": 30}
+    changes = {"method": method, "scale_dtype": "float16"}
+    polish = {**changes, "polish": True, "polish_steps": 30, "polish_rows": 30}
     ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
     run = {"run_folder": tmp_path / "run", "keep_run": True}
-    plain = logitwise.quantize(folder, tmp_path / "plain", recipe(text, **changes, polish=False), **run)
-    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, **changes, polish=True), **run)
+    plain = logitwise.quantize(folder, tmp_path / "plain", recipe(text, **changes), **run)
+    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, **polish), **run)
     measures = dict(result.report["polish"]["held_out"])
     assert result.held_out_kl["polish"] == measures[result.report["polish"]["kept"]] < measures[0]
     if method != "rtn":
@@ -215,7 +216,7 @@ def test_a_polished_checkpoint_is_what_was_measured_and_lowers_the_divergence(
     assert torch.equal(one.quantized(name).zero, other.quantized(name).zero)
     assert not torch.equal(one.quantized(name).scale, other.quantized(name).scale)
     assert not torch.equal(one.read("model.norm.weight"), other.read("model.norm.weight"))
-    again = logitwise.quantize(folder, tmp_path / "again", recipe(text, **changes, polish=True), **run)
+    again = logitwise.quantize(folder, tmp_path / "again", recipe(text, **polish), **run)
     assert again.report["polish"] == result.report["polish"]
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
 

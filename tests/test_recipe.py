@@ -13,7 +13,7 @@ from logitwise import recipe as module
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
 from logitwise.quantizers import QUANTIZERS
-from logitwise.recipe import PRESETS, Learning, Recipe, parse_settings
+from logitwise.recipe import FALLS_WITH, PRESETS, Learning, Recipe, parse_settings
 
 PACKAGE = Path(logitwise.__file__).parent
 
@@ -44,6 +44,39 @@ def test_a_file_is_read_over_the_defaults(tmp_path: Path) -> None:
         assert (recipe.bits, recipe.group_size, recipe.steps) == (3, None, Recipe().steps)
     assert recipe.learning_of("scale") == Learning(optimizer="adam", rate=0.5, schedule="linear")
     assert recipe.learning_of("rounding") == Recipe().learning_of("rounding")
+
+
+LEARNING = """[learning.scale]
+optimizer = "adam"
+rate = 0.5
+schedule = "linear"
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "left"),
+    [
+        (f'method = "flexround"\n{LEARNING}', {"method": "rtn"}, set()),
+        (f'method = "flexround"\n{LEARNING}', {"method": "flexround"}, {"learning"}),
+        (LEARNING, {"method": "rtn"}, {"learning"}),
+        (f'method = "flexround"\n{LEARNING}', {"polish": True, "objective": "mse"}, {"learning"}),
+        ('objective = "topk"\nobjective_settings = {k = 8}', {"objective": "lfq"}, set()),
+        ('objective = "topk"\nobjective_settings = {k = 8}', {"bits": 3}, {"objective_settings"}),
+        ("polish = true\npolish_steps = 7\npolish_fresh = true", {"polish": False}, set()),
+        ("polish_steps = 7", {"polish": True}, {"polish_steps"}),
+        ("polish = false\npolish_steps = 7", {"polish": True}, {"polish_steps"}),
+        ("polish = true\npolish_steps = 7", {"polish": False, "polish_steps": 9}, {"polish_steps"}),
+    ],
+)
+def test_what_a_file_says_of_its_own_choice_falls_with_it(
+    tmp_path: Path, file: str, changes: dict[str, Any], left: set[str]
+) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(file)
+    recipe = Recipe.load(mine, **changes)
+    of_a_choice = {key for keys in FALLS_WITH.values() for key in keys}
+    assert {key for key in of_a_choice if getattr(recipe, key) != getattr(Recipe(), key)} == left
+    assert recipe.but(**changes) == recipe
 
 
 def test_a_recipe_is_frozen_and_but_makes_another() -> None:

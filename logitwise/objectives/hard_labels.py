@@ -4,9 +4,11 @@ It is what AutoRound ships under the name of LFQ (`enable_lfq`), there over the 
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor
 
 from logitwise.objectives.base import RuleObjective, Taps
@@ -20,7 +22,7 @@ class HardLabels(RuleObjective):
         prompts: learn from every position, those that do not count (prompts) included.
     """
 
-    prompts: bool = False
+    prompts: Annotated[bool, Field(strict=True)] = False
     reads_teacher = False
 
     def loss(self, taps: Taps) -> Float[Tensor, ""]:

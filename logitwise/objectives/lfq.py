@@ -4,8 +4,10 @@ Lee et al., "Logit-aware Final-block Quantization", 2026, arXiv 2605.29756.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from logitwise.objectives.base import LogitObjective, Taps, counted
@@ -20,7 +22,7 @@ class LogitAware(LogitObjective):
         temperature: both sides' logits are divided by it; 1 is the paper's.
     """
 
-    temperature: float = 1.0
+    temperature: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] = 1.0
 
     def loss(self, taps: Taps) -> Float[Tensor, ""]:
         student, teacher, weights, _, head = counted(taps)

@@ -1,8 +1,10 @@
 """Both at once: the window's mean squared error with the soft cross-entropy beside it."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from logitwise.objectives.base import Taps
@@ -18,7 +20,7 @@ class Mixed(LogitAware):
         share: what a nat of cross-entropy counts beside a unit of squared error.
     """
 
-    share: float = 1.0
+    share: Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)] = 1.0
 
     def loss(self, taps: Taps) -> Float[Tensor, ""]:
         return self.share * super().loss(taps) + MeanSquaredError().loss(taps)

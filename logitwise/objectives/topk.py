@@ -1,9 +1,11 @@
 """Soft cross-entropy to the teacher's k likeliest tokens: all that servers with top log-probabilities tell."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor
 
 from logitwise.objectives.base import RuleObjective
@@ -17,12 +19,12 @@ class TopK(RuleObjective):
         k: how many tokens.
     """
 
-    k: int = 64
+    k: Annotated[int, Field(ge=1, strict=True)] = 64
 
     def __call__(
         self, z: Float[Tensor, "n vocabulary"], target: Float[Tensor, "n _"], following: Int64[Tensor, "n"]
     ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n vocabulary"]]:
-        top, index = target.topk(min(int(self.k), target.shape[-1]), -1)
+        top, index = target.topk(min(self.k, target.shape[-1]), -1)
         p = torch.softmax(top, -1)
         log_q = torch.log_softmax(z, -1)
         losses = -(p * log_q.gather(-1, index)).sum(-1)
