@@ -19,6 +19,7 @@ import torch
 import logitwise
 from logitwise.calibration.rows import Rows
 from logitwise.measure.likelihood import as_json, likelihood, outputs
+from logitwise.recipe import parse_settings
 from logitwise.skeleton import Skeleton
 from logitwise.source import open_source
 
@@ -57,7 +58,7 @@ def main() -> None:
     device = torch.device("cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu")
     skeleton = Skeleton(source, device, torch.float32)
     reference = outputs(skeleton, source, test, batch=64)
-    extra = logitwise.recipe.parse_settings(arguments.set)
+    extra = parse_settings(arguments.set)
     found = []
     for grid in arguments.grids:
         for seed in arguments.seeds:

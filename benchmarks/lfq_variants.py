@@ -26,6 +26,7 @@ from logitwise.calibration.generate import Sampler, answer, end_ids
 from logitwise.calibration.rows import Rows
 from logitwise.machine import versions
 from logitwise.measure.likelihood import as_json, likelihood, outputs
+from logitwise.recipe import parse_settings
 from logitwise.skeleton import Skeleton, load_whole
 from logitwise.source import Source, open_source
 
@@ -121,7 +122,7 @@ def work(given: argparse.Namespace) -> None:
     (grid,), (seed,) = given.grids, given.seeds
     common = {"steps": 300, "rows": given.rows, "row_tokens": 256, "held_out": 16, "batch": 8, "scale_dtype": "float32"}
     machine = {"device": given.device, "compute_dtype": "float32", "seed": seed}
-    base = {**GRIDS[grid], **common, **machine, **logitwise.recipe.parse_settings(given.set)}
+    base = {**GRIDS[grid], **common, **machine, **parse_settings(given.set)}
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         run, out = Path(temporary) / "run", Path(temporary) / "out"

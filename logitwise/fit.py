@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from logitwise.errors import MachineError
 from logitwise.grid import Grid, Quantized
+from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.objectives import Objective, Taps
 from logitwise.quantizers import Quantizer, Start
 from logitwise.recipe import Learning
@@ -33,6 +33,8 @@ class Window:
         self.skeleton, self.blocks, self.calls = skeleton, blocks, calls
         self.weights = {block: skeleton.load_block(block, dtype=torch.float32) for block in blocks}
         self.slots = [slot for block in blocks for slot in skeleton.slots(block) if not kept(slot)]
+        self._progress = 0.0
+        self._learnable: tuple[Mapping[Slot, Quantizer], LearnableBlocks] | None = None
 
     def quantizers(self, method: type[Quantizer], grid: Grid, start: Start) -> dict[Slot, Quantizer]:
         """A quantizer for each slot, at its start."""
@@ -57,19 +59,22 @@ class Window:
     def learn(
         self, hidden: Float[Tensor, "rows tokens d"], quantizers: Mapping[Slot, Quantizer], progress: float
     ) -> Float[Tensor, "rows tokens d"]:
-        """The window's output with the quantizers' weights, to go backward through.
+        """The window's output with the quantizers' weights, to go backward through."""
+        self._progress = progress
+        if self._learnable is None or self._learnable[0] is not quantizers:
+            self._learnable = quantizers, self._learnable_blocks(quantizers)
+        return self._learnable[1](hidden)
 
-        Of several blocks only one is in memory with its activations: each is run once more when its gradient's turn
-        comes.
-        """
-        for block in self.blocks:
+    def _learnable_blocks(self, quantizers: Mapping[Slot, Quantizer]) -> LearnableBlocks:
+        def block_of(block: int) -> LearnableBlock:
+            own = {slot: quantizer for slot, quantizer in quantizers.items() if slot.block == block}
+            return LearnableBlock(
+                lambda entering: self._run(block, entering, weights_of(own, self._progress)), list(own.values())
+            )
 
-            def run(entering: Tensor, block: int = block) -> Tensor:
-                own = {slot: quantizer for slot, quantizer in quantizers.items() if slot.block == block}
-                return self._run(block, entering, weights_of(own, progress))
-
-            hidden = run(hidden) if len(self.blocks) == 1 else checkpoint(run, hidden, use_reentrant=False)
-        return hidden
+        weights = sum(slot.out_features * slot.in_features for slot in quantizers)
+        may_record = not any(quantizer.reads_progress for quantizer in quantizers.values())
+        return LearnableBlocks([block_of(block) for block in self.blocks], weights, may_record)
 
     @torch.no_grad()
     def advance(self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor], batch: int) -> None:

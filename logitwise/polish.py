@@ -20,6 +20,7 @@ from logitwise.calibration.rows import Rows
 from logitwise.errors import MachineError
 from logitwise.fit import Optimizers, rate_at, row_order
 from logitwise.grid import Quantized, merge, split, store_through
+from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.objectives.soft import compare, soft_cross_entropy
 from logitwise.recipe import Learning, Recipe
 from logitwise.skeleton import Call, Skeleton, Slot
@@ -194,6 +195,7 @@ class Polish:
         train = len(self.rows) - self.held_out
         held = self._pass(self.rows[train:], calls)
         batches = self._batches(train, calls, fresh)
+        learnable = self._learnable(calls)
         parameters = list(self._parameters())
         optimizers = Optimizers(parameters, recipe.polish_learning_of)
         steps, every = recipe.polish_steps, recipe.polish_steps / recipe.checks
@@ -201,7 +203,8 @@ class Polish:
         losses: list[Tensor] = []
         held_out: list[tuple[int, float]] = []
         best: list[Tensor] | None = None
-        step, tokens, falls, flat = 0, 0, steps, None
+        step, falls, flat = 0, steps, None
+        tokens = torch.zeros((), dtype=torch.int64, device=self.skeleton.device)
         while True:
             if step in checks or step == steps:
                 _refuse_not_a_number(parameters)
@@ -217,8 +220,8 @@ class Polish:
             if step == steps:
                 break
             batch = next(batches)
-            tokens += int((batch.weights > 0).sum())
-            losses.append(self._learn(batch, calls))
+            tokens += (batch.weights > 0).sum()
+            losses.append(self._learn(batch, learnable))
             if fresh is None:
                 optimizers.step(partial(rate_at, step=step, steps=steps))
             else:
@@ -233,7 +236,7 @@ class Polish:
                     parameter.copy_(value_kept)
         scales, vectors = self._outcome()
         found = torch.stack(losses).tolist() if losses else []
-        return Polished(scales, vectors, found, held_out, kept, tokens, flat)
+        return Polished(scales, vectors, found, held_out, kept, int(tokens), flat)
 
     def _batches(self, train: int, calls: list[Call], fresh: Iterator[Rows] | None) -> Iterator[_Passed]:
         """The batches of the steps: the rows there are, again and again, or once and then fresh ones."""
@@ -243,7 +246,7 @@ class Polish:
             for rows in row_order(train, batch, self.recipe.seed):
                 yield passed.part(rows.to(passed.inputs.device))
         while True:
-            for start in range(0, len(passed.weights), batch):
+            for start in range(0, len(passed.weights) - batch + 1, batch):
                 yield passed.part(slice(start, start + batch))
             assert fresh is not None
             passed = self._pass(next(fresh), calls)
@@ -251,31 +254,33 @@ class Polish:
     @torch.no_grad()
     def _pass(self, rows: Rows, calls: list[Call]) -> _Passed:
         """Rows embedded, and through the full-precision model."""
-        inputs = self.skeleton.embed(rows.ids, batch=self.recipe.batch)
+        at_once = self.skeleton.rows_at_once(self.recipe.batch, rows.ids.shape[1])
+        inputs = self.skeleton.embed(rows.ids, batch=at_once)
         hidden = inputs.clone()
         for block, call in enumerate(calls):
-            self.skeleton.advance(block, self.skeleton.load_block(block), hidden, call, self.recipe.batch)
+            self.skeleton.advance(block, self.skeleton.load_block(block), hidden, call, at_once)
         return _Passed(inputs, hidden, rows.weights.to(inputs.device))
 
-    def _learn(self, batch: _Passed, calls: list[Call]) -> Tensor:
+    def _learn(self, batch: _Passed, learnable: LearnableBlocks) -> Tensor:
         """The loss of a batch; its gradient is left in the parameters."""
-        entering = [batch.inputs]
-        with torch.no_grad():
-            for block, call in enumerate(calls):
-                entering.append(self.skeleton.run(block, self._weights(block), entering[-1], call))
-        top = entering.pop().requires_grad_()
+        top = learnable(batch.inputs)
         counted = batch.weights > 0
         with torch.no_grad():
             target = self.head.hidden(batch.teacher[counted])
-        student = self._normed(top[counted])
-        loss = soft_cross_entropy(student, target, batch.weights[counted], self.head).cross_entropy
+        loss = soft_cross_entropy(self._normed(top[counted]), target, batch.weights[counted], self.head).cross_entropy
         loss.backward()
-        gradient = top.grad
-        for block in reversed(range(len(calls))):
-            bottom = entering.pop().detach().requires_grad_()
-            self.skeleton.run(block, self._weights(block), bottom, calls[block]).backward(gradient)
-            gradient = bottom.grad
         return loss.detach()
+
+    def _learnable(self, calls: list[Call]) -> LearnableBlocks:
+        def block_of(block: int, call: Call) -> LearnableBlock:
+            own = self.blocks[block]
+            return LearnableBlock(
+                lambda entering: self.skeleton.run(block, self._weights(block), entering, call),
+                [*own.log_factors.values(), *own.vectors.values()],
+            )
+
+        weights = sum(p.numel() for p in self.skeleton.blocks.parameters())
+        return LearnableBlocks([block_of(*pair) for pair in enumerate(calls)], weights, self.resident)
 
     @torch.no_grad()
     def _measure(self, held: _Passed, calls: list[Call]) -> float:

@@ -139,6 +139,10 @@ class _Stand(nn.Module):
         return object.__getattribute__(self, "act")(hidden, Call(args, kwargs))
 
 
+TOKENS_AT_ONCE = 1 << 14
+"""Tokens that go through a block together on a GPU where no gradient is wanted."""
+
+
 class Skeleton:
     """The modules of a source's model, its blocks in order, and how to run them.
 
@@ -243,6 +247,10 @@ class Skeleton:
         output = functional_call(self.blocks[block], dict(weights), (hidden, *call.args), call.kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         return hidden
+
+    def rows_at_once(self, batch: int, tokens: int) -> int:
+        """How many rows of `tokens` tokens go through a block together without a gradient: a GPU wants many."""
+        return max(batch, TOKENS_AT_ONCE // tokens) if self.device.type == "cuda" else batch
 
     def advance(
         self,

@@ -159,27 +159,28 @@ class Walk:
         fork = refit[0].blocks[0] if refit else depth
         with watcher.stage("Fitting blocks", sum(self._cost(step) for step in missing)) as stage:
             calls = self.skeleton.calls(self.rows.ids.shape[1])
-            teacher = self.skeleton.embed(self.rows.ids, batch=self.recipe.batch)
+            at_once = self.skeleton.rows_at_once(self.recipe.batch, self.rows.ids.shape[1])
+            teacher = self.skeleton.embed(self.rows.ids, batch=at_once)
             student = at_fork = teacher.clone()
             head: Head | None = None
             for step in steps[:depth]:
                 if step.blocks[0] == fork:
                     at_fork = student.clone() if fork < depth - 1 else student
                 window = Window(self.skeleton, step.blocks, calls, self.kept)
-                window.advance(teacher, {}, self.recipe.batch)
+                window.advance(teacher, {}, at_once)
                 if step.blocks[-1] == depth - 1:
                     head = self.skeleton.head()
                 quantized = self._finish(step, window, student, teacher, head, stage, watcher)
                 if step.blocks[-1] < depth - 1:
                     weights = {slot: q.dequantize() for slot, q in quantized.items()}
-                    window.advance(student, weights, self.recipe.batch)
+                    window.advance(student, weights, at_once)
             for step, following in zip_longest(refit, refit[1:]):
                 window = Window(self.skeleton, step.blocks, calls, self.kept)
                 quantized = self._finish(step, window, at_fork, teacher, head, stage, watcher)
                 if following is not None:  # the window shrinks: its first block stays as it is now
                     weights = {slot: q.dequantize() for slot, q in quantized.items()}
                     fixed = Window(self.skeleton, step.blocks[:1], calls, self.kept)
-                    fixed.advance(at_fork, weights, self.recipe.batch)
+                    fixed.advance(at_fork, weights, at_once)
 
     def _finish(
         self,
@@ -199,7 +200,7 @@ class Walk:
         targets = teacher
         if step.refit and recipe.teacher_last == "quantized":
             targets = student.clone()
-            window.advance(targets, {}, recipe.batch)
+            window.advance(targets, {}, self.skeleton.rows_at_once(recipe.batch, targets.shape[1]))
         following = self.rows.following.to(device)
         data = Data(student, targets, self.rows.weights.to(device), following, step.train, self.held_out)
         seed = int(hashlib.sha256(f"{recipe.seed} {step.blocks} {step.objective}".encode()).hexdigest()[:15], 16)

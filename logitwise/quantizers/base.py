@@ -23,6 +23,9 @@ class Quantizer(nn.Module, ABC):
     learns: ClassVar[bool] = True
     """Whether there is anything to fit; a method that does not learn reads no calibration text."""
 
+    reads_progress: ClassVar[bool] = False
+    """Whether `forward` depends on how far the fit is, so that a step cannot be recorded and replayed."""
+
     @classmethod
     @abstractmethod
     def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "Quantizer":

@@ -1,0 +1,88 @@
+"""Blocks with learned weights, one after another, to go backward through.
+
+A small model's step is bound by launches and not by arithmetic: on a GPU its blocks are recorded as CUDA graphs,
+forward and backward, and replayed. Where blocks are large, or their activations do not fit beside each other, only one
+is in memory with its activations: each is run once more when its gradient's turn comes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+RECORDED_WEIGHTS = 1 << 27
+"""Weights of all blocks together up to which launches cost more than arithmetic."""
+
+ACTIVATIONS = 40
+"""What a block keeps for its backward pass, in hidden states: a bound for gated MLPs four times as wide."""
+
+
+class LearnableBlock(nn.Module):
+    """One block as a function of the hidden states that enter it.
+
+    Args:
+        run: from hidden states to hidden states; it reads the parameters of `learned` and nothing else that changes.
+        learned: the modules or parameters that are learned.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Tensor], learned: Sequence[nn.Module | nn.Parameter]) -> None:
+        super().__init__()
+        self.run = run
+        self.learned = nn.ModuleList(part for part in learned if isinstance(part, nn.Module))
+        self.alone = nn.ParameterList(part for part in learned if isinstance(part, nn.Parameter))
+
+    def forward(self, hidden: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens d"]:
+        """The hidden states that leave it."""
+        return self.run(hidden)
+
+
+class LearnableBlocks:
+    """Consecutive learned blocks.
+
+    Args:
+        blocks: in order.
+        weights: how many weights they have together.
+        may_record: whether nothing but their parameters changes from step to step.
+    """
+
+    def __init__(self, blocks: Sequence[LearnableBlock], weights: int, may_record: bool = True) -> None:
+        self.blocks, self.weights, self.may_record = list(blocks), weights, may_record
+        self._recorded: tuple[Callable[..., Tensor], ...] = ()
+        self._shape: torch.Size | None = None
+
+    def __call__(self, hidden: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens d"]:
+        """The last block's output."""
+        if self._shape is None:
+            self._shape = hidden.shape
+            if self.may_record and self._is_worth_recording(hidden):
+                self._record(hidden)
+        if self._recorded and hidden.shape == self._shape:
+            for block in self._recorded:
+                hidden = block(hidden)
+        elif len(self.blocks) == 1:
+            hidden = self.blocks[0](hidden)
+        else:
+            for block in self.blocks:
+                hidden = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False)
+        return hidden
+
+    def _is_worth_recording(self, hidden: Tensor) -> bool:
+        if not hidden.is_cuda or self.weights > RECORDED_WEIGHTS:
+            return False
+        free, _ = torch.cuda.mem_get_info(hidden.device)
+        return ACTIVATIONS * len(self.blocks) * hidden.nbytes + 16 * self.weights < free // 2
+
+    def _record(self, hidden: Tensor) -> None:
+        # Copies, because recording changes a module's forward; the blocks themselves take hidden states of any shape.
+        copies = tuple(LearnableBlock(block.run, [*block.learned, *block.alone]) for block in self.blocks)
+        samples = []
+        for index in range(len(copies)):
+            sample = torch.zeros_like(hidden, requires_grad=index > 0 or hidden.requires_grad)
+            samples.append((sample,))
+        made = torch.cuda.make_graphed_callables(copies, tuple(samples), allow_unused_input=True)
+        # It warns that gradients are added up on the stream of the recording; they are waited for.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        self._recorded = cast(tuple[Callable[..., Tensor], ...], made)
