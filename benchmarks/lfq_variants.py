@@ -46,6 +46,9 @@ FITS: dict[str, dict[str, Any]] = {
     "lfq K=4": {"final_blocks": 4},
     "lfq K=4 shrinking": {"final_blocks": 4, "shrink": True},
     "lfq from mse": {"start_last": "mse"},
+    "lfq K=2 from mse": {"final_blocks": 2, "start_last": "mse"},
+    "lfq K=4 from mse": {"final_blocks": 4, "start_last": "mse"},
+    "lfq K=12 from mse": {"final_blocks": 12, "start_last": "mse"},
     "lfq quantized teacher": {"teacher_last": "quantized"},
 }
 ANSWER_TOKENS = 320

@@ -33,8 +33,6 @@ class Window:
         self.skeleton, self.blocks, self.calls = skeleton, blocks, calls
         self.weights = {block: skeleton.load_block(block, dtype=torch.float32) for block in blocks}
         self.slots = [slot for block in blocks for slot in skeleton.slots(block) if not kept(slot)]
-        self._progress = 0.0
-        self._learnable: tuple[Mapping[Slot, Quantizer], LearnableBlocks] | None = None
 
     def quantizers(self, method: type[Quantizer], grid: Grid, start: Start) -> dict[Slot, Quantizer]:
         """A quantizer for each slot, at its start."""
@@ -56,25 +54,24 @@ class Window:
                 weights[slot.key] = slot.put(weight.to(dtype))
         return self.skeleton.run(block, weights, hidden, self.calls[block])
 
-    def learn(
-        self, hidden: Float[Tensor, "rows tokens d"], quantizers: Mapping[Slot, Quantizer], progress: float
-    ) -> Float[Tensor, "rows tokens d"]:
-        """The window's output with the quantizers' weights, to go backward through."""
-        self._progress = progress
-        if self._learnable is None or self._learnable[0] is not quantizers:
-            self._learnable = quantizers, self._learnable_blocks(quantizers)
-        return self._learnable[1](hidden)
+    def learn(self, quantizers: Mapping[Slot, Quantizer]) -> Callable[[Tensor, float], Tensor]:
+        """The window with the quantizers' weights, to go backward through: (hidden states, progress) -> its output."""
+        now = 0.0
 
-    def _learnable_blocks(self, quantizers: Mapping[Slot, Quantizer]) -> LearnableBlocks:
         def block_of(block: int) -> LearnableBlock:
             own = {slot: quantizer for slot, quantizer in quantizers.items() if slot.block == block}
-            return LearnableBlock(
-                lambda entering: self._run(block, entering, weights_of(own, self._progress)), list(own.values())
-            )
+            return LearnableBlock(lambda hidden: self._run(block, hidden, weights_of(own, now)), list(own.values()))
 
         weights = sum(slot.out_features * slot.in_features for slot in quantizers)
         may_record = not any(quantizer.reads_progress for quantizer in quantizers.values())
-        return LearnableBlocks([block_of(block) for block in self.blocks], weights, may_record)
+        blocks = LearnableBlocks([block_of(block) for block in self.blocks], weights, may_record)
+
+        def forward(hidden: Tensor, progress: float) -> Tensor:
+            nonlocal now
+            now = progress
+            return blocks(hidden)
+
+        return forward
 
     @torch.no_grad()
     def advance(self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor], batch: int) -> None:
@@ -165,6 +162,7 @@ def fit(
         ((role, p) for q in quantizers.values() for role, parameters in q.groups().items() for p in parameters),
         schedule.learning,
     )
+    learn = window.learn(quantizers)
     order = row_order(data.train, schedule.batch, schedule.seed)
     checks = {round(schedule.steps * (i + 1) / schedule.checks) for i in range(schedule.checks)} | {0}
     losses: list[Tensor] = []
@@ -182,7 +180,7 @@ def fit(
         if step == schedule.steps:
             break
         rows = next(order).to(data.inputs.device)
-        student = window.learn(data.inputs[rows], quantizers, step / schedule.steps)
+        student = learn(data.inputs[rows], step / schedule.steps)
         loss = objective.loss(data.taps(rows, student, head))
         loss.backward()
         optimizers.step(partial(rate_at, step=step, steps=schedule.steps))

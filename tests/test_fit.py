@@ -122,7 +122,7 @@ def test_blocks_run_again_going_backward_have_the_gradients_of_the_whole(
     quantizers = window.quantizers(QUANTIZERS["flexround"], GRID, STARTS["minmax"])
     found = []
     for forward in (
-        lambda: window.learn(data.inputs, quantizers, 0.0),
+        lambda: window.learn(quantizers)(data.inputs, 0.0),
         lambda: window.forward(data.inputs, weights_of(quantizers, 0.0)),
     ):
         taps = data.taps(slice(None), forward(), skeleton.head())
@@ -176,8 +176,8 @@ class Adding(Window):
         self.slots = [Slot("model.layers.0.mlp.up_proj.weight", "mlp.up_proj.weight", 0, 8, 8)]
         self.batches: list[list[int]] = []
 
-    def learn(self, hidden: Tensor, quantizers: dict[Slot, Quantizer], progress: float) -> Tensor:
-        return self.forward(hidden, weights_of(quantizers, progress))
+    def learn(self, quantizers: dict[Slot, Quantizer]) -> Callable[[Tensor, float], Tensor]:
+        return lambda hidden, progress: self.forward(hidden, weights_of(quantizers, progress))
 
     def forward(self, hidden: Tensor, replaced: object) -> Tensor:
         self.batches.append(hidden[:, 0, 0].long().tolist())
