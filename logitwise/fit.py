@@ -116,6 +116,7 @@ class Schedule:
         checks: how often held-out rows are asked on the way, the start apart.
         learning: how the parameters of a role are learned.
         seed: decides the order of the rows.
+        choose: which iterate is kept: the best on the held-out rows, or on the batch of its own step, or the last.
     """
 
     steps: int
@@ -123,6 +124,7 @@ class Schedule:
     checks: int
     learning: Callable[[str], Learning]
     seed: int
+    choose: str = "held_out"
 
 
 @dataclass(frozen=True)
@@ -167,21 +169,21 @@ def fit(
     checks = {round(schedule.steps * (i + 1) / schedule.checks) for i in range(schedule.checks)} | {0}
     losses: list[Tensor] = []
     held_out: list[tuple[int, float]] = []
-    best: list[dict[str, Tensor]] | None = None
-    kept = schedule.steps
+    best = _Best(quantizers, schedule.steps)
     for step in range(schedule.steps + 1):
         if data.held_out and step in checks:
             _refuse_not_a_number(quantizers)
             value = measure(window, weights_of(quantizers, 1.0), objective, head, data, schedule.batch)
-            if best is None or value < min((v for _, v in held_out if not math.isnan(v)), default=math.inf):
-                kept = step
-                best = [{k: v.detach().clone() for k, v in q.named_parameters()} for q in quantizers.values()]
+            if schedule.choose == "held_out":
+                best.offer(step, value)
             held_out.append((step, value))
         if step == schedule.steps:
             break
         rows = next(order).to(data.inputs.device)
         student = learn(data.inputs[rows], step / schedule.steps)
         loss = objective.loss(data.taps(rows, student, head))
+        if schedule.choose == "batch":
+            best.offer(step, loss.item())
         loss.backward()
         optimizers.step(partial(rate_at, step=step, steps=schedule.steps))
         for quantizer in quantizers.values():
@@ -189,13 +191,31 @@ def fit(
         losses.append(loss.detach())
         stage.advance(units)
     _refuse_not_a_number(quantizers)
-    if best is not None:
-        for quantizer, state in zip(quantizers.values(), best, strict=True):
-            with torch.no_grad():
-                for name, parameter in quantizer.named_parameters():
-                    parameter.copy_(state[name])
+    best.restore()
     quantized = {slot: quantizer.freeze() for slot, quantizer in quantizers.items()}
-    return Fitted(quantized, torch.stack(losses).tolist() if losses else [], held_out, kept)
+    return Fitted(quantized, torch.stack(losses).tolist() if losses else [], held_out, best.step)
+
+
+class _Best:
+    """The iterate of the least value offered so far; what is no number is kept only while nothing else is there."""
+
+    def __init__(self, quantizers: Mapping[Slot, Quantizer], last: int) -> None:
+        self.quantizers, self.step, self.value = quantizers, last, math.inf
+        self.state: list[Tensor] | None = None
+
+    def offer(self, step: int, value: float) -> None:
+        if self.state is None or value < self.value:
+            self.step, self.value = step, math.inf if math.isnan(value) else value
+            self.state = [parameter.detach().clone() for parameter in self._parameters()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the best iterate back; the last one stays where nothing was offered."""
+        for parameter, value in zip(self._parameters(), self.state or [], strict=False):
+            parameter.copy_(value)
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for quantizer in self.quantizers.values() for parameter in quantizer.parameters())
 
 
 def weights_of(quantizers: Mapping[Slot, Quantizer], progress: float) -> dict[Slot, Tensor]:

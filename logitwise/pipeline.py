@@ -208,7 +208,8 @@ def _verdict(
 ) -> tuple[list[Step], dict[str, float], list[str]]:
     """Which step each block's codes come from; held-out KL by objective; what was not met.
 
-    The objective's fit of the final blocks is kept only where its held-out KL is below that of the MSE fit.
+    The objective's fit of the final blocks is kept only where its held-out KL is below that of the MSE fit, unless the
+    recipe does not choose by held-out rows.
     """
     made_by, refit = list(steps[:depth]), steps[depth:]
     ends = [steps[depth - 1], *refit[-1:]]
@@ -216,7 +217,7 @@ def _verdict(
     if not refit:
         return made_by, kl, []
     final = refit[-1]
-    if kl and not kl[final.objective] < kl["mse"]:
+    if kl and recipe.choose_last == "held_out" and not kl[final.objective] < kl["mse"]:
         sentence = (
             f"{refit[0].title} fitted by {final.objective} has a held-out KL of {kl[final.objective]:.4f}, not below "
             f"the {kl['mse']:.4f} of the MSE fit: the MSE fit was kept"

@@ -23,7 +23,15 @@ from logitwise.source.base import Source
 from logitwise.stream import roles_of
 from logitwise.watch import Watcher
 
-OF_THE_REFIT = ("final_blocks", "shrink", "teacher_last", "start_last", "learning_last", "objective_settings")
+OF_THE_REFIT = (
+    "choose_last",
+    "final_blocks",
+    "shrink",
+    "teacher_last",
+    "start_last",
+    "learning_last",
+    "objective_settings",
+)
 OF_THE_POLISH = ("polish_steps", "polish_batch", "polish_learning", "polish_rows")
 
 

@@ -71,6 +71,11 @@ class Recipe(_Frozen):
     start_last: Literal["start", "mse"] = Field(
         "start", description="where the final blocks start: as the others, or at their own MSE fit"
     )
+    choose_last: Literal["held_out", "batch", "last"] = Field(
+        "held_out",
+        description="which iterate of the final blocks is kept: the best on held-out rows, where it is better than the "
+        "MSE fit; or, in any case, the best on its own step's batch, as AutoRound does, or the last",
+    )
     learning: dict[str, Learning] | None = Field(None, description="by role; None: the method's own")
     learning_last: dict[str, Learning] | None = Field(None, description="of the final blocks; None: as `learning`")
 

@@ -97,7 +97,7 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
         own = dict(blocks=[blocks[0], blocks[-1]], objective=objective, steps=length, batch=batch, rows=train)
         own |= dict(learning=learning, starts=starts, keeps_state=keeps_state)
         if refit:
-            own |= dict(settings=recipe.objective_settings, teacher=recipe.teacher_last)
+            own |= dict(settings=recipe.objective_settings, teacher=recipe.teacher_last, choose=recipe.choose_last)
         key = chain(previous, **common, **own)
         return Step(blocks, objective, length, batch, train, refit, starts, keeps_state, key)
 
@@ -205,7 +205,8 @@ class Walk:
         data = Data(student, targets, self.rows.weights.to(device), following, step.train, self.held_out)
         seed = int(hashlib.sha256(f"{recipe.seed} {step.blocks} {step.objective}".encode()).hexdigest()[:15], 16)
         learning = partial(recipe.learning_of, last=step.refit)
-        schedule = Schedule(step.steps, step.batch, recipe.checks, learning, seed)
+        choose = recipe.choose_last if step.refit else "held_out"
+        schedule = Schedule(step.steps, step.batch, recipe.checks, learning, seed, choose)
         quantizers = window.quantizers(QUANTIZERS[recipe.method], recipe.grid, STARTS[recipe.start])
         for slot, quantizer in quantizers.items():
             if key := step.starts[step.blocks.index(slot.block)]:
