@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from logitwise.fit import Data, Schedule, Window, fit
+from logitwise.descent import Schedule
+from logitwise.fit import Data, Window, fit
 from logitwise.grid import Grid
 from logitwise.machine import versions
 from logitwise.objectives import OBJECTIVES

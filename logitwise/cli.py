@@ -45,7 +45,7 @@ def quantize(
         ),
     ] = None,
     final_blocks: Annotated[
-        int | None, typer.Option(help="Blocks at the end that the objective fits together (1).")
+        str | None, typer.Option(help="Blocks at the end that the objective fits together (1), or all.")
     ] = None,
     polish: Annotated[
         bool | None, typer.Option("--polish/--no-polish", help="Tune all scales together afterwards.")
@@ -66,7 +66,7 @@ def quantize(
     keep: Annotated[list[str] | None, typer.Option(help="Leave layers of this pattern in full precision.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random (0).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="quick, standard, best or a TOML file.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="quick, standard, best, whole or a TOML file.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any other recipe key, as key=value.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,

@@ -1,20 +1,19 @@
 """Fits one window: one block or K blocks, by any method and any objective. Knows none of them by name."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
+from logitwise.descent import Course, Schedule, descend, row_order
 from logitwise.errors import MachineError
 from logitwise.grid import Grid, Quantized
 from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.objectives import Objective, Taps
 from logitwise.quantizers import Quantizer, Start
-from logitwise.recipe import Learning
 from logitwise.skeleton import Call, Head, Skeleton, Slot
 from logitwise.watch import Stage
 
@@ -106,25 +105,15 @@ class Data:
         return Taps(student, self.targets[rows], self.weights[rows], self.following[rows], head)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how a window is fitted.
-
-    Args:
-        steps: optimiser steps.
-        batch: rows a step.
-        checks: how often held-out rows are asked on the way, the start apart.
-        learning: how the parameters of a role are learned.
-        seed: decides the order of the rows.
-        choose: which iterate is kept: the best on the held-out rows, or on the batch of its own step, or the last.
-    """
-
-    steps: int
-    batch: int
-    checks: int
-    learning: Callable[[str], Learning]
-    seed: int
-    choose: str = "held_out"
+def batches_of(data: Data, schedule: Schedule, fresh: Iterator[Data] | None) -> Iterator[tuple[Data, Tensor | slice]]:
+    """For each step, of which data which rows: those there are again and again, or once and then fresh ones."""
+    if fresh is None:
+        for rows in row_order(data.train, schedule.batch, schedule.seed):
+            yield data, rows.to(data.inputs.device)
+    else:
+        for part in chain([data], fresh):
+            for start in range(0, part.train - schedule.batch + 1, schedule.batch):
+                yield part, slice(start, start + schedule.batch)
 
 
 @dataclass(frozen=True)
@@ -133,15 +122,13 @@ class Fitted:
 
     Args:
         quantized: what is stored, by slot.
-        losses: the training loss of every step.
-        held_out: (step, held-out measure), in order; empty where no rows are held out.
-        kept: the step whose iterate was kept.
+        course: how it went.
+        tokens: how many counted positions were learned from, the same one twice where rows came again.
     """
 
     quantized: dict[Slot, Quantized]
-    losses: list[float]
-    held_out: list[tuple[int, float]]
-    kept: int
+    course: Course
+    tokens: int
 
 
 def fit(
@@ -153,69 +140,44 @@ def fit(
     schedule: Schedule,
     stage: Stage,
     units: float = 1,
+    fresh: Iterator[Data] | None = None,
 ) -> Fitted:
     """Learns the quantizers of a window and keeps the iterate that is best on the held-out rows.
 
-    `stage` advances by `units` a step.
+    `stage` advances by `units` a step. With `fresh` data, which come after those there are, no row is learned from
+    twice.
 
     Errors: MachineError, naming the layer, where a parameter stops being a number.
     """
-    optimizers = Optimizers(
-        ((role, p) for q in quantizers.values() for role, parameters in q.groups().items() for p in parameters),
-        schedule.learning,
-    )
-    learn = window.learn(quantizers)
-    order = row_order(data.train, schedule.batch, schedule.seed)
-    checks = {round(schedule.steps * (i + 1) / schedule.checks) for i in range(schedule.checks)} | {0}
-    losses: list[Tensor] = []
-    held_out: list[tuple[int, float]] = []
-    best = _Best(quantizers, schedule.steps)
-    for step in range(schedule.steps + 1):
-        if data.held_out and step in checks:
-            _refuse_not_a_number(quantizers)
-            value = measure(window, weights_of(quantizers, 1.0), objective, head, data, schedule.batch)
-            if schedule.choose == "held_out":
-                best.offer(step, value)
-            held_out.append((step, value))
-        if step == schedule.steps:
-            break
-        rows = next(order).to(data.inputs.device)
-        student = learn(data.inputs[rows], step / schedule.steps)
-        loss = objective.loss(data.taps(rows, student, head))
-        if schedule.choose == "batch":
-            best.offer(step, loss.item())
+    forward, batches = window.learn(quantizers), batches_of(data, schedule, fresh)
+    tokens = torch.zeros((), dtype=torch.int64, device=data.inputs.device)
+
+    def learn(step: int) -> Tensor:
+        part, rows = next(batches)
+        tokens.add_((part.weights[rows] > 0).sum())
+        student = forward(part.inputs[rows], step / schedule.steps)
+        loss = objective.loss(part.taps(rows, student, head))
         loss.backward()
-        optimizers.step(partial(rate_at, step=step, steps=schedule.steps))
+        return loss
+
+    def measure_held_out() -> float:
+        return measure(window, weights_of(quantizers, 1.0), objective, head, data, schedule.batch)
+
+    def after_step() -> None:
         for quantizer in quantizers.values():
             quantizer.after_step()
-        losses.append(loss.detach())
-        stage.advance(units)
-    _refuse_not_a_number(quantizers)
-    best.restore()
-    quantized = {slot: quantizer.freeze() for slot, quantizer in quantizers.items()}
-    return Fitted(quantized, torch.stack(losses).tolist() if losses else [], held_out, best.step)
 
-
-class _Best:
-    """The iterate of the least value offered so far; what is no number is kept only while nothing else is there."""
-
-    def __init__(self, quantizers: Mapping[Slot, Quantizer], last: int) -> None:
-        self.quantizers, self.step, self.value = quantizers, last, math.inf
-        self.state: list[Tensor] | None = None
-
-    def offer(self, step: int, value: float) -> None:
-        if self.state is None or value < self.value:
-            self.step, self.value = step, math.inf if math.isnan(value) else value
-            self.state = [parameter.detach().clone() for parameter in self._parameters()]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts the best iterate back; the last one stays where nothing was offered."""
-        for parameter, value in zip(self._parameters(), self.state or [], strict=False):
-            parameter.copy_(value)
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        return (parameter for quantizer in self.quantizers.values() for parameter in quantizer.parameters())
+    course = descend(
+        [(role, p) for q in quantizers.values() for role, own in q.groups().items() for p in own],
+        learn,
+        measure_held_out if data.held_out else None,
+        lambda: _refuse_not_a_number(quantizers),
+        schedule,
+        stage,
+        units,
+        after_step,
+    )
+    return Fitted({slot: quantizer.freeze() for slot, quantizer in quantizers.items()}, course, int(tokens))
 
 
 def weights_of(quantizers: Mapping[Slot, Quantizer], progress: float) -> dict[Slot, Tensor]:
@@ -241,69 +203,6 @@ def measure(
         added, counted = objective.measure(data.taps(part, student, head))
         total, count = total + added, count + counted
     return total / count
-
-
-class SignSGD(torch.optim.Optimizer):
-    """p <- p - rate * sign(gradient), as SignRound is published."""
-
-    def __init__(self, params: Iterable[dict[str, list[nn.Parameter]]]) -> None:
-        super().__init__(params, {"lr": 0.0})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                # The sign of NaN is 0, which would hide it.
-                parameter.sub_(parameter.grad.sign() + 0 * parameter.grad, alpha=group["lr"])
-
-
-class Optimizers:
-    """An optimiser for each role, as the recipe says.
-
-    torch's schedulers are not used: they and their optimiser hold each other, so that a window's parameters would stay
-    in memory until Python looks for cycles.
-
-    Args:
-        parameters: each with its role.
-        learning: how a role is learned.
-    """
-
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], learning: Callable[[str], Learning]) -> None:
-        by_role: dict[str, list[nn.Parameter]] = {}
-        for role, parameter in parameters:
-            by_role.setdefault(role, []).append(parameter)
-        self._each: list[tuple[torch.optim.Optimizer, Learning]] = []
-        for role, own in by_role.items():
-            how, group = learning(role), [{"params": own}]
-            sign = how.optimizer == "sign_sgd"
-            self._each.append((SignSGD(group) if sign else torch.optim.Adam(group, fused=True), how))
-
-    def step(self, rate: Callable[[Learning], float]) -> None:
-        """One step of each at the rate of its role; gradients are let go."""
-        for optimizer, learning in self._each:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(learning)
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def rate_at(learning: Learning, step: int, steps: int) -> float:
-    """The learning rate of a step, the first being step 0."""
-    rate = learning.rate / (steps if learning.per == "fit" else 1)
-    if learning.schedule == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-    return rate * (1 - step / steps)
-
-
-def row_order(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Batches of row numbers: every row once before any twice, in an order that the seed decides."""
-    generator = torch.Generator().manual_seed(seed)
-    pending = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(pending) < batch:
-            pending = torch.cat([pending, torch.randperm(rows, generator=generator)])
-        yield pending[:batch]
-        pending = pending[batch:]
 
 
 def _refuse_not_a_number(quantizers: Mapping[Slot, Quantizer]) -> None:

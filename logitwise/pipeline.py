@@ -27,6 +27,7 @@ from logitwise.stream import Step, Walk, plan_steps
 from logitwise.watch import SILENT, Watcher
 
 ROWS_AT_A_TIME = 8
+PARTS_OF_THE_BLOCKS = 1 << 20  # parts of fresh text that are the final blocks'; the polish has those after
 """Steps of a polish whose fresh rows are written together: a model writes many answers at once in little more time."""
 
 
@@ -146,7 +147,11 @@ def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, 
     both = Rows.join([data.train[:most], data.held_out])
     root = chain(root, rows=digest_of(both.ids, both.following, both.weights), held_out=len(data.held_out))
     steps = plan_steps(fewer, len(job.skeleton), root)
-    Walk(job.skeleton, fewer, both, len(data.held_out), folder, job.kept).run(steps, watcher)
+    fresh = _fresh(job, recipe, recipe.batch_last or recipe.batch) if recipe.fresh_last else None
+    Walk(job.skeleton, fewer, both, len(data.held_out), folder, job.kept, fresh).run(steps, watcher)
+    if recipe.fresh_last:
+        record = folder.record(steps[-1].key)
+        _say_flat(watcher, record["flat"], len(record["losses"]), record["tokens"])
     return steps
 
 
@@ -185,22 +190,26 @@ def _polish(
     if not folder.has(key):
         with watcher.stage("Polishing all scales", recipe.polish_steps) as stage:
             polish = Polish(job.skeleton, recipe, rows, len(data.held_out), codes, job.kept)
-            folder.save_polished(key, polish.run(stage, _fresh(job, recipe) if recipe.polish_fresh else None))
+            batch = recipe.polish_batch or recipe.batch
+            fresh = _fresh(job, recipe, batch, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
+            folder.save_polished(key, polish.run(stage, fresh))
     polished = folder.load_polished(key)
     if recipe.polish_fresh:
-        end = f"flat after {polished.flat}" if polished.flat is not None else "not flat yet after"
-        watcher.say(
-            f"held-out KL was {end} of {recipe.polish_steps} steps; {polished.tokens:,} tokens were learned from"
-        )
+        _say_flat(watcher, polished.flat, len(polished.losses), polished.tokens)
     return polished
 
 
-def _fresh(job: Job, recipe: Recipe) -> Iterator[Rows]:
-    """Calibration rows without end; the whole model is loaded once, and let go with the iterator."""
+def _say_flat(watcher: Watcher, flat: int | None, steps: int, tokens: int) -> None:
+    end = f"flat after {flat} of {steps} steps" if flat is not None else f"not flat yet after {steps} steps"
+    watcher.say(f"held-out KL was {end}; {tokens:,} tokens were learned from")
+
+
+def _fresh(job: Job, recipe: Recipe, batch: int, after: int = 0) -> Iterator[Rows]:
+    """Calibration rows without end, those after so many parts; the whole model is loaded once, and let go with them."""
     loader = cache(lambda: load_whole(job.source, job.skeleton.device, job.skeleton.dtype))
-    rows = ROWS_AT_A_TIME * (recipe.polish_batch or recipe.batch)
     asked = recipe.model_dump(include={"row_tokens", "seed", "temperature"})
-    return fresh_rows(recipe.calibration, job.source.tokenizer(), loader, rows=rows, **asked)
+    tokenizer, rows = job.source.tokenizer(), ROWS_AT_A_TIME * batch
+    return fresh_rows(recipe.calibration, tokenizer, loader, rows=rows, after=after, **asked)
 
 
 def _verdict(

@@ -9,7 +9,6 @@ each block is run once more, so that no more than one is in memory with its acti
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from logitwise.calibration.rows import Rows
+from logitwise.descent import Schedule, descend
 from logitwise.errors import MachineError
-from logitwise.fit import Optimizers, rate_at, row_order
+from logitwise.fit import Data, batches_of
 from logitwise.grid import Quantized, merge, split, store_through
 from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.objectives.soft import compare, soft_cross_entropy
-from logitwise.recipe import Learning, Recipe
+from logitwise.recipe import Recipe
 from logitwise.skeleton import Call, Skeleton, Slot
 from logitwise.watch import Stage
 
@@ -68,18 +68,6 @@ class _Frozen:
 
     codes: dict[Slot, Quantized]
     matrices: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Passed:
-    """What rows become: the student's inputs, the teacher's last hidden states, and how much each position counts."""
-
-    inputs: Float[Tensor, "rows tokens d"]
-    teacher: Float[Tensor, "rows tokens d"]
-    weights: Float[Tensor, "rows tokens"]
-
-    def part(self, rows: Tensor | slice) -> "_Passed":
-        return _Passed(self.inputs[rows], self.teacher[rows], self.weights[rows])
 
 
 class Polish:
@@ -184,92 +172,62 @@ class Polish:
     def run(self, stage: Stage, fresh: Iterator[Rows] | None = None) -> Polished:
         """Learns, and keeps the iterate that is best on the held-out rows.
 
-        With `fresh` rows, which come after those it has, no row is learned from twice. Rates then do not follow their
-        schedule: they stay until held-out KL is flat, or four fifths of the steps are done, and fall to 0 in a quarter
-        of the steps done by then. `stage` advances by one a step.
+        With `fresh` rows, which come after those it has, no row is learned from twice, until held-out KL is flat.
+        `stage` advances by one a step.
 
         Errors: MachineError where a parameter stops being a number.
         """
         recipe = self.recipe
         calls = self.skeleton.calls(self.rows.ids.shape[1])
-        train = len(self.rows) - self.held_out
-        held = self._pass(self.rows[train:], calls)
-        batches = self._batches(train, calls, fresh)
-        learnable = self._learnable(calls)
-        parameters = list(self._parameters())
-        optimizers = Optimizers(parameters, recipe.polish_learning_of)
-        steps, every = recipe.polish_steps, recipe.polish_steps / recipe.checks
-        checks = {round(every * i) for i in range(recipe.checks + 1)}
-        losses: list[Tensor] = []
-        held_out: list[tuple[int, float]] = []
-        best: list[Tensor] | None = None
-        step, falls, flat = 0, steps, None
+        data = self._pass(self.rows, calls, self.held_out)
+        schedule = Schedule(
+            steps=recipe.polish_steps,
+            batch=recipe.polish_batch or recipe.batch,
+            checks=recipe.checks,
+            learning=recipe.polish_learning_of,
+            seed=recipe.seed,
+            until_flat=fresh is not None,
+        )
+        batches = batches_of(data, schedule, None if fresh is None else (self._pass(rows, calls) for rows in fresh))
+        learnable, parameters = self._learnable(calls), list(self._parameters())
         tokens = torch.zeros((), dtype=torch.int64, device=self.skeleton.device)
-        while True:
-            if step in checks or step == steps:
-                _refuse_not_a_number(parameters)
-                if self.held_out:
-                    value = self._measure(held, calls)
-                    if best is None or value < min(v for _, v in held_out):
-                        kept, best = step, [parameter.detach().clone() for _, parameter in parameters]
-                    held_out.append((step, value))
-                if fresh is not None and falls == recipe.polish_steps:
-                    flat = step if is_flat([v for _, v in held_out]) else None
-                    if flat is not None or step >= 0.8 * steps:
-                        falls, steps = step, min(steps, step + max(1, step // 4))
-            if step == steps:
-                break
-            batch = next(batches)
-            tokens += (batch.weights > 0).sum()
-            losses.append(self._learn(batch, learnable))
-            if fresh is None:
-                optimizers.step(partial(rate_at, step=step, steps=steps))
-            else:
-                optimizers.step(partial(_held_rate, share=min(1.0, (steps - step) / max(1, steps - falls))))
-            step += 1
-            stage.advance()
-        if best is None:
-            kept = step
-        else:
-            with torch.no_grad():
-                for (_, parameter), value_kept in zip(parameters, best, strict=True):
-                    parameter.copy_(value_kept)
-        scales, vectors = self._outcome()
-        found = torch.stack(losses).tolist() if losses else []
-        return Polished(scales, vectors, found, held_out, kept, int(tokens), flat)
 
-    def _batches(self, train: int, calls: list[Call], fresh: Iterator[Rows] | None) -> Iterator[_Passed]:
-        """The batches of the steps: the rows there are, again and again, or once and then fresh ones."""
-        batch = self.recipe.polish_batch or self.recipe.batch
-        passed = self._pass(self.rows[:train], calls)
-        if fresh is None:
-            for rows in row_order(train, batch, self.recipe.seed):
-                yield passed.part(rows.to(passed.inputs.device))
-        while True:
-            for start in range(0, len(passed.weights) - batch + 1, batch):
-                yield passed.part(slice(start, start + batch))
-            assert fresh is not None
-            passed = self._pass(next(fresh), calls)
+        def learn(step: int) -> Tensor:
+            part, rows = next(batches)
+            tokens.add_((part.weights[rows] > 0).sum())
+            return self._learn(part, rows, learnable)
+
+        course = descend(
+            parameters,
+            learn,
+            (lambda: self._measure(data, calls)) if self.held_out else None,
+            lambda: _refuse_not_a_number(parameters),
+            schedule,
+            stage,
+        )
+        scales, vectors = self._outcome()
+        return Polished(scales, vectors, course.losses, course.held_out, course.kept, int(tokens), course.flat)
 
     @torch.no_grad()
-    def _pass(self, rows: Rows, calls: list[Call]) -> _Passed:
+    def _pass(self, rows: Rows, calls: list[Call], held_out: int = 0) -> Data:
         """Rows embedded, and through the full-precision model."""
-        at_once = self.skeleton.rows_at_once(self.recipe.batch, rows.ids.shape[1])
+        device, at_once = self.skeleton.device, self.skeleton.rows_at_once(self.recipe.batch, rows.ids.shape[1])
         inputs = self.skeleton.embed(rows.ids, batch=at_once)
         hidden = inputs.clone()
         for block, call in enumerate(calls):
             self.skeleton.advance(block, self.skeleton.load_block(block), hidden, call, at_once)
-        return _Passed(inputs, hidden, rows.weights.to(inputs.device))
+        weights, following = rows.weights.to(device), rows.following.to(device)
+        return Data(inputs, hidden, weights, following, len(rows) - held_out, held_out)
 
-    def _learn(self, batch: _Passed, learnable: LearnableBlocks) -> Tensor:
-        """The loss of a batch; its gradient is left in the parameters."""
-        top = learnable(batch.inputs)
-        counted = batch.weights > 0
+    def _learn(self, data: Data, rows: Tensor | slice, learnable: LearnableBlocks) -> Tensor:
+        """The loss of some rows; its gradient is left in the parameters."""
+        top, weights = learnable(data.inputs[rows]), data.weights[rows]
+        counted = weights > 0
         with torch.no_grad():
-            target = self.head.hidden(batch.teacher[counted])
-        loss = soft_cross_entropy(self._normed(top[counted]), target, batch.weights[counted], self.head).cross_entropy
+            target = self.head.hidden(data.targets[rows][counted])
+        loss = soft_cross_entropy(self._normed(top[counted]), target, weights[counted], self.head).cross_entropy
         loss.backward()
-        return loss.detach()
+        return loss
 
     def _learnable(self, calls: list[Call]) -> LearnableBlocks:
         def block_of(block: int, call: Call) -> LearnableBlock:
@@ -283,16 +241,17 @@ class Polish:
         return LearnableBlocks([block_of(*pair) for pair in enumerate(calls)], weights, self.resident)
 
     @torch.no_grad()
-    def _measure(self, held: _Passed, calls: list[Call]) -> float:
+    def _measure(self, data: Data, calls: list[Call]) -> float:
         """Mean KL(teacher || student) of the held-out rows."""
-        hidden = held.inputs.clone()
+        held = slice(len(data.inputs) - self.held_out, None)
+        hidden, weights = data.inputs[held].clone(), data.weights[held]
         for block, call in enumerate(calls):
             self.skeleton.advance(block, self._weights(block), hidden, call, self.recipe.batch)
-        counted = held.weights > 0
+        counted = weights > 0
         unused = torch.zeros(int(counted.sum()), dtype=torch.int64, device=hidden.device)
-        student, target = self._normed(hidden[counted]), self.head.hidden(held.teacher[counted])
+        student, target = self._normed(hidden[counted]), self.head.hidden(data.targets[held][counted])
         found = compare(student, self.head, target, self.head, unused)
-        shares = held.weights[counted].double().cpu()
+        shares = weights[counted].double().cpu()
         return float((found.kl * shares).sum() / shares.sum())
 
     @torch.no_grad()
@@ -310,16 +269,6 @@ class Polish:
             for key, vector in own.items():
                 vectors[f"{name}.{key}"] = vector.to(self.stored)
         return scales, vectors
-
-
-def is_flat(values: list[float]) -> bool:
-    """Whether the least of a held-out curve fell by less than a hundredth over its last two values."""
-    return len(values) > 2 and min(values[:-2]) - min(values) < 0.01 * min(values)
-
-
-def _held_rate(learning: Learning, share: float) -> float:
-    """A share of the rate, without its schedule."""
-    return learning.rate * share
 
 
 def _refuse_not_a_number(parameters: list[tuple[str, nn.Parameter]]) -> None:

@@ -20,12 +20,13 @@ from logitwise.recipe import Choice, Recipe, not_possible
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedFolder, check_tokenizer, check_weights, open_source
 from logitwise.source.base import Source
-from logitwise.stream import roles_of
+from logitwise.stream import final_blocks, roles_of
 from logitwise.watch import Watcher
 
 OF_THE_REFIT = (
     "choose_last",
     "final_blocks",
+    "fresh_last",
     "shrink",
     "teacher_last",
     "start_last",
@@ -92,12 +93,7 @@ def check(
     check_tokenizer(source)
     device, dtype = torch.device(choices["device"].value), getattr(torch, choices["compute_dtype"].value)
     skeleton = Skeleton(source, device, dtype)
-    if recipe.final_blocks > len(skeleton):
-        raise RecipeError(
-            f"--final-blocks {recipe.final_blocks} is too many",
-            f"the model has {len(skeleton)} blocks",
-            f"choose 1 to {len(skeleton)}",
-        )
+    final_blocks(recipe, len(skeleton))
     kept = keeper(recipe.keep)
     every = [slot for block in range(len(skeleton)) for slot in skeleton.slots(block)]
     slots = [slot for slot in every if not kept(slot)]
@@ -144,14 +140,16 @@ def _check_read(recipe: Recipe) -> None:
     cases: list[tuple[tuple[str, ...], bool, str, str]] = [  # keys, whether they are read, why not, what would help
         (OF_THE_REFIT, method.learns, f"{recipe.method} learns nothing", "choose another --method"),
         (OF_THE_REFIT, objective.reads_head, f"{recipe.objective} fits each block alone", "choose another --objective"),
-        (("shrink",), recipe.final_blocks > 1, "one final block is alone already", "ask for more --final-blocks"),
+        (("shrink",), recipe.final_blocks != 1, "one final block is alone already", "ask for more --final-blocks"),
         (OF_THE_POLISH, recipe.polish, "there is no polish without --polish", "add --polish"),
+        (("polish_fresh",), recipe.polish, "there is no polish without --polish", "add --polish"),
         (
-            ("polish_fresh",),
-            recipe.polish and writes(recipe.calibration),
-            "new rows are written for --polish alone, by --calibration self or server",
-            "add --polish, choose such a calibration",
+            ("polish_fresh", "fresh_last"),
+            writes(recipe.calibration),
+            f"{recipe.calibration} is read, not written",
+            "choose --calibration self or server",
         ),
+        (("fresh_last",), not recipe.shrink, "a window that shrinks has no fresh rows", "choose one of the two"),
     ]
     for keys, read, why, instead in cases:
         for key in keys:

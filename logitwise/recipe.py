@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
 
-PRESETS = ("quick", "standard", "best", "demo")
+PRESETS = ("quick", "standard", "best", "whole", "demo")
 
 FALLS_WITH = {
     "method": ("learning", "learning_last"),
@@ -62,7 +62,9 @@ class Recipe(_Frozen):
     method: str = Field("flexround", description="how weights are learned")
     objective: str = Field("lfq", description="what the final blocks are fitted by")
     objective_settings: dict[str, Any] = Field({}, description="of the objective: temperature, k, share, prompts")
-    final_blocks: int = Field(1, ge=1, description="blocks at the end that are fitted together by the objective")
+    final_blocks: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        1, description="blocks at the end that are fitted together by the objective, or all"
+    )
     shrink: bool = Field(False, description="then fit the final blocks again without the first of them, and so on")
     teacher_last: Literal["full_precision", "quantized"] = Field(
         "full_precision", description="what the final blocks' teacher reads: its own stream, or the student's"
@@ -88,6 +90,9 @@ class Recipe(_Frozen):
     steps: int = Field(300, ge=0, description="optimiser steps a block")
     steps_last: int | None = Field(None, ge=0, description="steps of the final blocks; None: as `steps`")
     batch: int = Field(8, ge=1, description="rows a step")
+    fresh_last: bool = Field(
+        False, description="write new rows while the final blocks are fitted, until held-out KL is flat"
+    )
     batch_last: int | None = Field(None, ge=1, description="rows a step of the final blocks; None: as `batch`")
     checks: int = Field(10, ge=1, description="how often held-out rows are asked while a block is fitted")
 

@@ -9,7 +9,7 @@ so, the window then shrinks: its first block is fixed and the others are fitted 
 import gc
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from logitwise.calibration.rows import Rows
+from logitwise.descent import Schedule
 from logitwise.errors import RecipeError
-from logitwise.fit import Data, Fitted, Schedule, Window, fit, measure
+from logitwise.fit import Data, Fitted, Window, fit, measure
 from logitwise.grid import Quantized
 from logitwise.objectives import OBJECTIVES
 from logitwise.quantizers import QUANTIZERS, STARTS
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder, chain
-from logitwise.skeleton import Head, Skeleton, Slot
+from logitwise.skeleton import Call, Head, Skeleton, Slot
 from logitwise.watch import Stage, Watcher
 
 NUMERICS = 1
@@ -68,13 +69,7 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
 
     Errors: RecipeError where more final blocks are asked for than the model has.
     """
-    if recipe.final_blocks > depth:
-        raise RecipeError(
-            f"--final-blocks {recipe.final_blocks} is too many",
-            f"the model has {depth} blocks",
-            f"choose 1 to {depth}",
-        )
-    fork, roles = depth - recipe.final_blocks, roles_of(recipe)
+    fork, roles = depth - final_blocks(recipe, depth), roles_of(recipe)
     refits = OBJECTIVES[recipe.objective].reads_head
     common = dict(
         grid=vars(recipe.grid),
@@ -98,6 +93,7 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
         own |= dict(learning=learning, starts=starts, keeps_state=keeps_state)
         if refit:
             own |= dict(settings=recipe.objective_settings, teacher=recipe.teacher_last, choose=recipe.choose_last)
+            own |= dict(fresh=recipe.fresh_last and recipe.calibration)
         key = chain(previous, **common, **own)
         return Step(blocks, objective, length, batch, train, refit, starts, keeps_state, key)
 
@@ -117,6 +113,19 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
     return steps
 
 
+def final_blocks(recipe: Recipe, depth: int) -> int:
+    """How many blocks are final.
+
+    Errors: RecipeError where more are asked for than the model has.
+    """
+    found = depth if recipe.final_blocks == "all" else recipe.final_blocks
+    if found > depth:
+        raise RecipeError(
+            f"--final-blocks {found} is too many", f"the model has {depth} blocks", f"choose 1 to {depth}"
+        )
+    return found
+
+
 def roles_of(recipe: Recipe) -> list[str]:
     """The roles of the method's parameters, read off a weight of one group."""
     method = QUANTIZERS[recipe.method]
@@ -133,6 +142,7 @@ class Walk:
         rows: the rows to learn from, then those held out; `held_out` of the latter.
         folder: where finished windows are.
         kept: slots that stay in full precision.
+        fresh: new rows without end for the final blocks; None where none are asked for.
     """
 
     def __init__(
@@ -143,9 +153,11 @@ class Walk:
         held_out: int,
         folder: RunFolder,
         kept: Callable[[Slot], bool],
+        fresh: Iterator[Rows] | None = None,
     ) -> None:
         self.skeleton, self.recipe, self.rows, self.held_out = skeleton, recipe, rows, held_out
-        self.folder, self.kept = folder, kept
+        self.folder, self.kept, self.fresh = folder, kept, fresh
+        self.at_once = skeleton.rows_at_once(recipe.batch, rows.ids.shape[1])
 
     def run(self, steps: list[Step], watcher: Watcher) -> None:
         """Fits every step that is not finished; afterwards the run folder has them all."""
@@ -159,28 +171,28 @@ class Walk:
         fork = refit[0].blocks[0] if refit else depth
         with watcher.stage("Fitting blocks", sum(self._cost(step) for step in missing)) as stage:
             calls = self.skeleton.calls(self.rows.ids.shape[1])
-            at_once = self.skeleton.rows_at_once(self.recipe.batch, self.rows.ids.shape[1])
-            teacher = self.skeleton.embed(self.rows.ids, batch=at_once)
+            teacher = self.skeleton.embed(self.rows.ids, batch=self.at_once)
             student = at_fork = teacher.clone()
             head: Head | None = None
             for step in steps[:depth]:
                 if step.blocks[0] == fork:
                     at_fork = student.clone() if fork < depth - 1 else student
                 window = Window(self.skeleton, step.blocks, calls, self.kept)
-                window.advance(teacher, {}, at_once)
+                window.advance(teacher, {}, self.at_once)
                 if step.blocks[-1] == depth - 1:
                     head = self.skeleton.head()
                 quantized = self._finish(step, window, student, teacher, head, stage, watcher)
                 if step.blocks[-1] < depth - 1:
                     weights = {slot: q.dequantize() for slot, q in quantized.items()}
-                    window.advance(student, weights, at_once)
+                    window.advance(student, weights, self.at_once)
             for step, following in zip_longest(refit, refit[1:]):
                 window = Window(self.skeleton, step.blocks, calls, self.kept)
-                quantized = self._finish(step, window, at_fork, teacher, head, stage, watcher)
+                fresh = self._fresh_data(steps[:fork], calls)
+                quantized = self._finish(step, window, at_fork, teacher, head, stage, watcher, fresh)
                 if following is not None:  # the window shrinks: its first block stays as it is now
                     weights = {slot: q.dequantize() for slot, q in quantized.items()}
                     fixed = Window(self.skeleton, step.blocks[:1], calls, self.kept)
-                    fixed.advance(at_fork, weights, at_once)
+                    fixed.advance(at_fork, weights, self.at_once)
 
     def _finish(
         self,
@@ -191,6 +203,7 @@ class Walk:
         head: Head | None,
         stage: Stage,
         watcher: Watcher,
+        fresh: Iterator[Data] | None = None,
     ) -> dict[Slot, Quantized]:
         """A step's result, from the run folder or fitted now."""
         recipe, device = self.recipe, self.skeleton.device
@@ -200,13 +213,13 @@ class Walk:
         targets = teacher
         if step.refit and recipe.teacher_last == "quantized":
             targets = student.clone()
-            window.advance(targets, {}, self.skeleton.rows_at_once(recipe.batch, targets.shape[1]))
+            window.advance(targets, {}, self.at_once)
         following = self.rows.following.to(device)
         data = Data(student, targets, self.rows.weights.to(device), following, step.train, self.held_out)
         seed = int(hashlib.sha256(f"{recipe.seed} {step.blocks} {step.objective}".encode()).hexdigest()[:15], 16)
         learning = partial(recipe.learning_of, last=step.refit)
         choose = recipe.choose_last if step.refit else "held_out"
-        schedule = Schedule(step.steps, step.batch, recipe.checks, learning, seed, choose)
+        schedule = Schedule(step.steps, step.batch, recipe.checks, learning, seed, choose, fresh is not None)
         quantizers = window.quantizers(QUANTIZERS[recipe.method], recipe.grid, STARTS[recipe.start])
         for slot, quantizer in quantizers.items():
             if key := step.starts[step.blocks.index(slot.block)]:
@@ -214,14 +227,13 @@ class Walk:
         objective = OBJECTIVES[step.objective](**(recipe.objective_settings if step.refit else {}))
         began = time.monotonic()
         per_step = self._cost_of_a_step(step)
-        fitted = fit(window, quantizers, objective, head, data, schedule, stage, per_step)
+        fitted = fit(window, quantizers, objective, head, data, schedule, stage, per_step, fresh)
         seconds = time.monotonic() - began
         record = dict(
             blocks=[step.blocks[0], step.blocks[-1]],
             objective=step.objective,
-            losses=fitted.losses,
-            held_out=fitted.held_out,
-            kept=fitted.kept,
+            **vars(fitted.course),
+            tokens=fitted.tokens,
             seconds=round(seconds, 3),
         )
         if head is not None and self.held_out:
@@ -231,10 +243,32 @@ class Walk:
         watcher.detail(_outcome(step, fitted, objective.unit, seconds))
         state = {slot.name: quantizer for slot, quantizer in quantizers.items()} if step.keeps_state else {}
         self.folder.save(step.key, {slot.name: q for slot, q in fitted.quantized.items()}, record, state)
-        stage.advance(self._cost(step) - step.steps * per_step)
+        stage.advance(self._cost(step) - len(fitted.course.losses) * per_step)
         # What a fit leaves behind holds itself in cycles; a window's parameters must not wait for Python to look.
         gc.collect()
         return fitted.quantized
+
+    def _fresh_data(self, before: list[Step], calls: list[Call]) -> Iterator[Data] | None:
+        """New rows as the final blocks meet them; `before` are the steps of the blocks before those."""
+        if self.fresh is None:
+            return None
+        return (self._arriving(rows, before, calls) for rows in self.fresh)
+
+    def _arriving(self, rows: Rows, before: list[Step], calls: list[Call]) -> Data:
+        """What rows become: the student's hidden states after the blocks of `before`, the teacher's after all."""
+        recipe, device = self.recipe, self.skeleton.device
+        teacher = self.skeleton.embed(rows.ids, batch=self.at_once)
+        student = teacher.clone()
+        for block in range(len(self.skeleton)):
+            if block == len(before) and recipe.teacher_last == "quantized":
+                teacher = student.clone()
+            window = Window(self.skeleton, range(block, block + 1), calls, self.kept)
+            window.advance(teacher, {}, self.at_once)
+            if block < len(before):
+                codes = {slot: self.folder.load(before[block].key, recipe.grid, slot.name) for slot in window.slots}
+                weights = {slot: q.to(device).dequantize() for slot, q in codes.items()}
+                window.advance(student, weights, self.at_once)
+        return Data(student, teacher, rows.weights.to(device), rows.following.to(device), len(rows), 0)
 
     def _cost_of_a_step(self, step: Step) -> float:
         return step.batch * 3e-6 * self._parameters(step)
@@ -253,10 +287,11 @@ class Walk:
 
 def _outcome(step: Step, fitted: Fitted, unit: str, seconds: float) -> str:
     """What a fit came to, in a line."""
-    if not fitted.held_out:
+    course = fitted.course
+    if not course.held_out:
         return f"{step.title} by {step.objective}: {seconds:.0f} s"
-    (_, before), measures = fitted.held_out[0], dict(fitted.held_out)
+    (_, before), measures = course.held_out[0], dict(course.held_out)
     return (
-        f"{step.title} by {step.objective}: held-out {unit} {before:.4g} to {measures[fitted.kept]:.4g}, "
-        f"step {fitted.kept} of {step.steps} kept, {seconds:.0f} s"
+        f"{step.title} by {step.objective}: held-out {unit} {before:.4g} to {measures[course.kept]:.4g}, "
+        f"step {course.kept} of {step.steps} kept, {seconds:.0f} s"
     )

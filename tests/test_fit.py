@@ -8,8 +8,9 @@ import torch
 from helpers import VOCABULARY, MemorySource, tiny_model
 from torch import Tensor, nn
 
+from logitwise.descent import Schedule, SignSGD
 from logitwise.errors import MachineError
-from logitwise.fit import Data, Fitted, Schedule, SignSGD, Window, fit, measure, weights_of
+from logitwise.fit import Data, Fitted, Window, fit, measure, weights_of
 from logitwise.grid import Grid, Quantized, freeze
 from logitwise.objectives import OBJECTIVES, Objective, Taps
 from logitwise.quantizers import QUANTIZERS, STARTS, Quantizer, Role, Start
@@ -63,27 +64,27 @@ def test_the_held_out_measure_falls_and_the_best_iterate_is_stored(
     skeleton: Skeleton, data: Data, method: str, objective: str
 ) -> None:
     fitted = run(skeleton, data, method, objective)
-    measures = dict(fitted.held_out)
+    measures = dict(fitted.course.held_out)
     assert list(measures) == [0, 6, 12, 18, 24, 30]
-    assert len(fitted.losses) == 30
-    assert measures[fitted.kept] == min(measures.values()) < 0.97 * measures[0]
+    assert len(fitted.course.losses) == 30
+    assert measures[fitted.course.kept] == min(measures.values()) < 0.97 * measures[0]
     weights = {slot: q.dequantize() for slot, q in fitted.quantized.items()}
     again = measure(last_window(skeleton), weights, OBJECTIVES[objective](), skeleton.head(), data, 4)
-    assert again == measures[fitted.kept]
+    assert again == measures[fitted.course.kept]
 
 
 def test_round_to_nearest_goes_through_without_a_step(skeleton: Skeleton, data: Data) -> None:
     fitted = run(skeleton, data, "rtn", "mse", steps=0)
-    assert fitted.losses == []
-    assert [step for step, _ in fitted.held_out] == [0]
-    assert fitted.kept == 0
+    assert fitted.course.losses == []
+    assert [step for step, _ in fitted.course.held_out] == [0]
+    assert fitted.course.kept == 0
     assert len(fitted.quantized) == 7
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_order(skeleton: Skeleton, data: Data) -> None:
     first, second, other = (run(skeleton, data, "flexround", "mse", 6, seed) for seed in (1, 1, 2))
-    assert first.losses == second.losses != other.losses
-    assert first.held_out == second.held_out
+    assert first.course.losses == second.course.losses != other.course.losses
+    assert first.course.held_out == second.course.held_out
     for slot, quantized in first.quantized.items():
         assert torch.equal(quantized.codes, second.quantized[slot].codes)
         assert torch.equal(quantized.scale, second.quantized[slot].scale)
@@ -207,12 +208,13 @@ def learn(
     train: int = 5,
     seed: int = 0,
     loss: Callable[[Tensor], Tensor] = lambda x: x.mean(),
+    choose: str = "held_out",
 ) -> tuple[Fitted, Number, Adding]:
     window, number = Adding(), Number()
     held_out = batch if measures else 0
     rows = torch.arange(train + held_out).float().view(-1, 1, 1).expand(-1, 3, 8).clone()
     data = Data(rows, rows.clone(), torch.ones(train + held_out, 3), NONE.expand(train + held_out, 3), train, held_out)
-    schedule = Schedule(steps, batch, max(1, len(measures or [0, 0]) - 1), lambda role: learning, seed)
+    schedule = Schedule(steps, batch, max(1, len(measures or [0, 0]) - 1), lambda role: learning, seed, choose)
     fitted = fit(window, {window.slots[0]: number}, Told(measures or [], loss), None, data, schedule, Stage())
     return fitted, number, window
 
@@ -253,13 +255,42 @@ def test_each_step_moves_by_the_rate_of_its_place(optimizer: str, schedule: str,
 )
 def test_the_iterate_of_the_least_held_out_measure_is_kept(measures: list[float], kept: int) -> None:
     fitted, number, _ = learn(learning(), steps=8, measures=measures)
-    assert [step for step, _ in fitted.held_out] == [0, 2, 4, 6, 8]
-    assert [value for _, value in fitted.held_out] == pytest.approx(measures, nan_ok=True)
-    assert fitted.kept == kept
+    assert [step for step, _ in fitted.course.held_out] == [0, 2, 4, 6, 8]
+    assert [value for _, value in fitted.course.held_out] == pytest.approx(measures, nan_ok=True)
+    assert fitted.course.kept == kept
     moved = -sum(0.1 * (1 - t / 8) for t in range(kept))
     assert float(number.p.detach()) == pytest.approx(moved, abs=1e-6)
     (quantized,) = fitted.quantized.values()
     assert quantized.scale[0, 0].item() == pytest.approx(1 + moved, abs=1e-6)
+
+
+def test_the_iterate_of_the_least_batch_or_the_last_may_be_kept_whatever_held_out_rows_say() -> None:
+    measures, loss = [1.0, 2.0, 3.0], lambda x: (x.mean() + 0.25).abs()
+    fitted, number, _ = learn(learning(schedule="cosine"), 8, measures, loss=loss, choose="batch")
+    assert [value for _, value in fitted.course.held_out] == measures
+    losses = fitted.course.losses
+    assert 0 < fitted.course.kept == losses.index(min(losses)) < 8
+    assert abs(float(number.p.detach()) + 0.25) == pytest.approx(min(losses), abs=1e-6)
+    fitted, number, _ = learn(learning(), 8, measures, choose="last")
+    assert fitted.course.kept == 8
+    assert float(number.p.detach()) == pytest.approx(-0.1 * 4.5, abs=1e-6)
+
+
+def test_fresh_rows_come_once_after_those_there_are() -> None:
+    window, number = Adding(), Number()
+
+    def data(first: int, count: int) -> Data:
+        rows = torch.arange(first, first + count).float().view(-1, 1, 1).expand(-1, 3, 8).clone()
+        weights = torch.ones(count, 3)
+        weights[:, 0] = 0
+        return Data(rows, rows.clone(), weights, NONE.expand(count, 3), count, 0)
+
+    schedule = Schedule(4, 2, 1, lambda role: learning(), 0, until_flat=True)
+    fresh = iter([data(10, 4), data(20, 4), data(30, 4)])
+    fitted = fit(window, {window.slots[0]: number}, Told([]), None, data(0, 3), schedule, Stage(), 1, fresh)
+    assert window.batches == [[0, 1], [10, 11], [12, 13], [20, 21]]  # a batch that is not whole is left out
+    assert fitted.tokens == 4 * 2 * 2
+    assert float(number.p.detach()) == pytest.approx(-0.4)  # nothing is held out: the rate stays as it is
 
 
 def test_the_weights_that_are_measured_are_those_of_the_end() -> None:
@@ -269,8 +300,8 @@ def test_the_weights_that_are_measured_are_those_of_the_end() -> None:
 
 def test_with_no_rows_held_out_the_last_iterate_is_kept() -> None:
     fitted, number, _ = learn(learning(), steps=8)
-    assert fitted.held_out == []
-    assert fitted.kept == 8
+    assert fitted.course.held_out == []
+    assert fitted.course.kept == 8
     assert float(number.p.detach()) == pytest.approx(-0.1 * 4.5, abs=1e-6)
 
 
@@ -317,7 +348,7 @@ def test_losses_are_those_of_each_step_and_the_stage_hears_of_them() -> None:
     data = Data(rows, rows + 2, torch.ones(4, 3), NONE.expand(4, 3), 4, 0)
     schedule = Schedule(3, 2, 1, lambda role: learning(rate=0.3), 0)
     fitted = fit(window, {window.slots[0]: number}, Told([]), None, data, schedule, Heard(), units=2.5)
-    assert fitted.losses == pytest.approx([-2.0, -2.3, -2.5])
+    assert fitted.course.losses == pytest.approx([-2.0, -2.3, -2.5])
     assert heard == [2.5, 2.5, 2.5]
 
 

@@ -13,11 +13,16 @@ from source_files import llama_config, random_model, save, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitwise
+from logitwise import stream
 from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError, FormatError, InputError, SourceError
 from logitwise.evaluation import evaluate, measure_models
+from logitwise.fit import Data, fit
+from logitwise.runfolder import RunFolder
+from logitwise.skeleton import Skeleton
 from logitwise.source import open_source
-from logitwise.watch import Watcher
+from logitwise.stream import Walk, plan_steps
+from logitwise.watch import SILENT, Watcher
 
 CPU = torch.device("cpu")
 TINY = {
@@ -228,11 +233,53 @@ def test_a_polish_on_fresh_text_of_the_model_says_how_much_it_read(folder: Path,
     made = logitwise.Recipe.load(None, **{**TINY, **changes})
     result = logitwise.quantize(folder, tmp_path / "out", made, watcher=listener)
     steps = len(result.report["polish"]["losses"])
-    assert result.report["polish"]["tokens"] > 6 * 47  # more than the rows there were
+    assert result.report["polish"]["tokens"] > result.report["calibration"]["counted_tokens"]
     assert any(f"{result.report['polish']['tokens']:,} tokens were learned from" in said for said in listener.said)
     assert steps <= 10
     again = logitwise.quantize(folder, tmp_path / "again", made)
     assert again.report["polish"] == result.report["polish"]
+
+
+def test_final_blocks_on_fresh_text_of_the_model_say_how_much_they_read(folder: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    changes = {"calibration": "self", "rows": 6, "held_out": 4, "row_tokens": 48, "batch": 2, "steps": 10, "checks": 5}
+    made = logitwise.Recipe.load(None, **{**TINY, **changes, "fresh_last": True, "choose_last": "last"})
+    result = logitwise.quantize(folder, tmp_path / "out", made, watcher=listener)
+    final = result.report["windows"][-1]
+    assert final["objective"] == "lfq"
+    assert final["tokens"] > result.report["calibration"]["counted_tokens"]
+    assert any(f"{final['tokens']:,} tokens were learned from" in said for said in listener.said)
+    again = logitwise.quantize(folder, tmp_path / "again", made)
+    assert again.report["windows"][-1]["losses"] == final["losses"]
+    other = logitwise.quantize(folder, tmp_path / "other", made.but(fresh_last=False))
+    assert len(other.report["windows"][-1]["losses"]) == 10
+    assert other.report["windows"][-1]["flat"] is None
+
+
+def test_fresh_rows_arrive_as_the_rows_there_are(folder: Path, text: Path, tmp_path: Path) -> None:
+    """The hidden states of fresh rows, found block by block, are those that the walk had of the same rows."""
+    source = open_source(folder)
+    skeleton = Skeleton(source, torch.device("cpu"), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(skeleton.model.config.vocab_size, (8, 17), generator=generator)
+    rows = Rows(ids[:, :-1], ids[:, 1:], torch.ones(8, 16))
+    made = recipe(text, final_blocks=1, rows=6, held_out=2)
+    steps = plan_steps(made, len(skeleton), "root")
+    seen: list[Data] = []
+    walk = Walk(skeleton, made, rows, 2, RunFolder(tmp_path / "run"), lambda slot: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "fit", lambda *given, **more: seen.append(given[4]) or fit(*given, **more))
+        walk.run(steps, SILENT)
+    with torch.no_grad():
+        found = walk._arriving(rows, steps[: len(skeleton) - 1], skeleton.calls(16))
+    assert torch.equal(found.inputs, seen[-1].inputs)
+    assert torch.equal(found.targets, seen[-1].targets)
+    assert (found.train, found.held_out) == (8, 0)
+
+
+def test_all_blocks_may_be_final(folder: Path, text: Path, tmp_path: Path) -> None:
+    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, final_blocks="all", start_last="mse"))
+    assert [window["blocks"] for window in result.report["windows"]] == [[0, 0], [1, 1], [0, 1]]
 
 
 def test_a_polish_that_gains_nothing_leaves_the_scales_and_says_so(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import torch
 from helpers import VOCABULARY, MemorySource, tiny_model
 
 from logitwise.calibration.rows import Rows
+from logitwise.descent import is_flat
 from logitwise.errors import MachineError
 from logitwise.grid import Grid, Quantized, merge, split
 from logitwise.objectives import reference
-from logitwise.polish import Polish, Polished, is_flat
+from logitwise.polish import Polish, Polished
 from logitwise.quantizers import QUANTIZERS, STARTS
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder
@@ -52,7 +53,7 @@ def test_gradients_are_those_of_the_models_own_forward(family: str) -> None:
     polish, codes = opened(family)
     data = rows()
     calls = polish.skeleton.calls(data.ids.shape[1])
-    loss = polish._learn(polish._pass(data, calls), polish._learnable(calls))
+    loss = polish._learn(polish._pass(data, calls), slice(None), polish._learnable(calls))
 
     model, original = tiny_model(family), tiny_model(family)
     factors, replaced = {}, {}

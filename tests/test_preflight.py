@@ -13,7 +13,9 @@ from logitwise.recipe import PRESETS
 
 LEARNING = {"scale": {"optimizer": "adam", "rate": 1e-3, "schedule": "cosine"}}
 OF_THE_REFIT: dict[str, Any] = {
+    "choose_last": "last",
     "final_blocks": 2,
+    "fresh_last": True,
     "shrink": True,
     "teacher_last": "quantized",
     "start_last": "mse",
@@ -76,11 +78,29 @@ def test_length_and_rows_of_the_final_blocks_are_theirs_with_any_fit(
     allowed(tmp_path, **{key: 3}, **changes)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", sorted({*PRESETS} - {"whole"}))
 def test_every_preset_goes_with_every_method_and_objective_and_without_its_polish(preset: str, tmp_path: Path) -> None:
     for changes in [{"method": m} for m in QUANTIZERS] + [{"objective": o} for o in OBJECTIVES]:
         allowed(tmp_path, preset, **changes)
         allowed(tmp_path, preset, polish=False, **changes)
+
+
+def test_the_preset_of_the_whole_model_needs_something_to_learn_and_a_head_to_look_through(tmp_path: Path) -> None:
+    for changes in [{"method": "signround"}, {"objective": "hard_labels"}, {"polish": False}, {"fresh_last": True}]:
+        allowed(tmp_path, "whole", **changes)
+    refused("final_blocks is not read\n.*rtn learns nothing", tmp_path, preset="whole", method="rtn")
+    refused("final_blocks is not read\n.*mse fits each block alone", tmp_path, preset="whole", objective="mse")
+
+
+@pytest.mark.parametrize("key", ["polish_fresh", "fresh_last"])
+def test_fresh_rows_are_refused_where_text_is_read(key: str, tmp_path: Path) -> None:
+    (text := tmp_path / "text.txt").write_text("Something.")
+    given = {key: True, "polish": True, "calibration": f"text:{text}"}
+    refused(f"{key} is not read\n.*is read, not written\n.*self or server.*leave {key} out", tmp_path / "out", **given)
+
+
+def test_a_window_that_shrinks_has_no_fresh_rows(tmp_path: Path) -> None:
+    refused("fresh_last is not read\n.*shrinks", tmp_path, fresh_last=True, shrink=True, final_blocks=2)
 
 
 NAN = float("nan")

@@ -5,6 +5,7 @@ set_aside      some of them held out (holdout.py)
 pack           one after another, cut into rows (rows.py)
 """
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -87,7 +88,11 @@ def documents_of(
     """
     match split(spec):
         case "self", file:
-            prompts = prompts_of_file(Path(file)) if file else shipped_prompts(max(1, tokens // DOCUMENT_LEAST), seed)
+            if file:
+                prompts = prompts_of_file(Path(file))
+                random.Random(seed).shuffle(prompts)  # a file may be sorted, and no more are answered than are needed
+            else:
+                prompts = shipped_prompts(max(1, tokens // DOCUMENT_LEAST), seed)
             return write_answers(
                 model_loader(),
                 tokenizer,
@@ -183,12 +188,14 @@ def fresh_rows(
     row_tokens: int,
     seed: int,
     temperature: float = 1.0,
+    after: int = 0,
 ) -> Iterator[Rows]:
     """New rows without end, `rows` at a time: the model, or the server, goes on answering prompts.
 
-    The prompts of a file are answered again and again; those that ship are drawn anew each time.
+    The prompts of a file are answered again and again, in another order; those that ship are drawn anew each time.
 
     Args: as of `prepare`; the loader is called each time, and may give the same model.
+        after: so many parts are left out, so that two who ask with one seed get other rows.
 
     Errors: CalibrationError for text that is read and not written.
     """
@@ -196,10 +203,10 @@ def fresh_rows(
         raise CalibrationError(
             f"{spec} cannot give new rows without end",
             "its text is read, not written",
-            "choose --calibration self, self:PROMPTS or server:URL, or leave out polish_fresh",
+            "choose --calibration self, self:PROMPTS or server:URL, or leave out polish_fresh and fresh_last",
         )
     separator, pending = separator_of(tokenizer), list[Document]()
-    for part in count(1):
+    for part in count(after + 1):
         tokens = (rows + 1) * row_tokens
         own = (seed + 1) * 1_000_003 + part
         pending += documents_of(spec, tokenizer, model_loader, tokens=tokens, seed=own, temperature=temperature)

@@ -6,7 +6,7 @@ import torch
 from helpers import assert_finite_differences
 from numpy.typing import NDArray
 
-from logitwise.fit import SignSGD
+from logitwise.descent import SignSGD
 from logitwise.grid import Grid
 from logitwise.quantizers import STARTS, signround
 from logitwise.quantizers.signround import SignRound
