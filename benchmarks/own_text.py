@@ -124,19 +124,21 @@ def quantize(source: Source, given: argparse.Namespace) -> None:
             measured = likelihood(student, teacher, rows)
             figures[where] = {**as_json(measured), "kl_by_row": measured.kl_by_row.tolist()}
         right = accuracy(made, device, given.problems) if given.problems else {}
-    found = {
-        "name": given.name,
+    row = {
+        "grid": "w2g64",
+        "seed": recipe.seed,
+        "variant": given.name,
         "settings": given.set,
         "seconds": seconds,
+        "fitted_by": result.fitted_by,
         "windows": result.report["windows"],
         "polish": result.report["polish"],
         "bits_per_weight": result.report["bits_per_weight"],
         "accuracy": right,
         "figures": figures,
-        "device": torch.cuda.get_device_name() if given.device.startswith("cuda") else "cpu",
-        "versions": versions(),
     }
-    given.out.write_text(json.dumps(found))
+    about = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "versions": versions()}
+    given.out.write_text(json.dumps({**about, "arguments": sys.argv[1:], "results": [row]}))
     kl = " ".join(f"{where} {figure['kl']['mean']:.4f}" for where, figure in figures.items())
     share = " ".join(f"{task} {sum(each) / len(each):.3f}" for task, each in right.items())
     last = result.report["windows"][-1]

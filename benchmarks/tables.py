@@ -26,13 +26,19 @@ def main() -> None:
     grids: dict[str, dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     for file in given.files:
         for row in json.loads(file.read_text())["results"]:
-            grids[row["grid"]][row["variant"]][row["seed"]] = row["figures"][given.where]
+            own = {"accuracy": row.get("accuracy"), "fell_back": fell_back(row)}
+            grids[row["grid"]][row["variant"]][row["seed"]] = {**row["figures"][given.where], **own}
     for grid, variants in grids.items():
         print(f"\n{grid}, {given.where} rows\n")
-        print(f"| variant | seeds | KL | less than {given.against}, 95 % | top-1 | perplexity |")
-        print("|---" * 6 + "|")
+        asked = any(found["accuracy"] for by_seed in variants.values() for found in by_seed.values())
+        end = " accuracy |" if asked else ""
+        print(f"| variant | seeds | KL | less than {given.against}, 95 % | top-1 | perplexity |{end}")
+        print("|---" * (7 if asked else 6) + "|")
         for name, by_seed in variants.items():
-            print(f"| {name} | {line(by_seed, variants.get(given.against, {}))} |")
+            back = sum(found["fell_back"] for found in by_seed.values())
+            mark = f" (MSE fit kept in {back} of {len(by_seed)})" if back else ""
+            right = f" {accuracy([found['accuracy'] for found in by_seed.values()])} |" if asked else ""
+            print(f"| {name}{mark} | {line(by_seed, variants.get(given.against, {}))} |{right}")
 
 
 def line(by_seed: dict[int, Any], against: dict[int, Any]) -> str:
@@ -44,6 +50,20 @@ def line(by_seed: dict[int, Any], against: dict[int, Any]) -> str:
     shared = sorted(set(by_seed) & set(against))
     gain = "" if by_seed is against or not shared else interval(by_seed, against, shared)
     return f"{len(by_seed)} | {mean('kl'):.4f} | {gain} | {mean('top1'):.4f} | {mean('perplexity'):.3f}"
+
+
+def fell_back(row: dict[str, Any]) -> bool:
+    """Whether the objective's fit was no better on held-out rows, so that the checkpoint is that of the MSE fit."""
+    return row["fitted_by"] == "mse" and not row["variant"].startswith(("mse", "rtn"))
+
+
+def accuracy(by_seed: list[dict[str, list[int]] | None]) -> str:
+    """The share of problems answered right over all tasks, and its standard error; empty where none were asked."""
+    right = [answer for tasks in by_seed for answers in (tasks or {}).values() for answer in answers]
+    if not right:
+        return ""
+    share = float(np.mean(right))
+    return f"{share:.3f} ± {(share * (1 - share) / len(right)) ** 0.5:.3f}"
 
 
 def interval(one: dict[int, Any], other: dict[int, Any], seeds: list[int]) -> str:
