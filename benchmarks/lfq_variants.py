@@ -18,17 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import problems
 import torch
 
 import logitwise
-from logitwise.calibration.chat import prompt_ids
-from logitwise.calibration.generate import Sampler, answer, end_ids
 from logitwise.calibration.rows import Rows
 from logitwise.machine import versions
 from logitwise.measure.likelihood import as_json, likelihood, outputs
 from logitwise.recipe import parse_settings
-from logitwise.skeleton import Skeleton, load_whole
-from logitwise.source import Source, open_source
+from logitwise.skeleton import Skeleton
+from logitwise.source import open_source
 
 GRIDS: dict[str, dict[str, Any]] = {
     "w2g64": {"bits": 2, "group_size": 64},
@@ -51,9 +50,9 @@ FITS: dict[str, dict[str, Any]] = {
     "lfq K=12 from mse": {"final_blocks": 12, "start_last": "mse"},
     "lfq quantized teacher": {"teacher_last": "quantized"},
 }
-ANSWER_TOKENS = 320
 KINDS = ("both", "solutions", "chat", "wikitext", "own", "own-tasks")
 VARIANTS = FITS | {f"{name}+polish": {**settings, "polish": True} for name, settings in FITS.items()}
+FULL = "full precision"
 DEFAULT = [f"{name}{end}" for name in list(FITS)[:7] for end in ("", "+polish")]
 
 
@@ -66,10 +65,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=GRIDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=[FULL, *VARIANTS])
     parser.add_argument("--calibration", default="both", choices=KINDS)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--problems", type=int, default=0, help="of each of the five tasks, answered greedily")
+    parser.add_argument("--harder", type=int, default=0, help="of each length, longer than the model was made for")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys of every variant, as key=value")
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
@@ -131,36 +131,33 @@ def work(given: argparse.Namespace) -> None:
         run, out = Path(temporary) / "run", Path(temporary) / "out"
         if train is None:
             base["calibration"] = calibration(given, Path(temporary) / "prompts.txt")
+        asked = problems.usual(given.problems) + problems.harder(given.harder)
         for name in given.variants:
             began = time.monotonic()
-            recipe = logitwise.Recipe.load(None, **{**base, **VARIANTS[name]})
-            result = logitwise.quantize(
-                given.model, out, recipe, rows=train, run_folder=run, keep_run=True, overwrite=True
-            )
-            made = open_source(out)
+            row: dict[str, Any] = {"grid": grid, "seed": seed, "variant": name, "calibration": given.calibration}
+            row |= {"settings": given.set, "fitted_by": name}
+            made = source
+            if name != FULL:
+                recipe = logitwise.Recipe.load(None, **{**base, **VARIANTS[name]})
+                result = logitwise.quantize(
+                    given.model, out, recipe, rows=train, run_folder=run, keep_run=True, overwrite=True
+                )
+                made = open_source(out)
+                row |= {"fitted_by": result.fitted_by, "held_out_kl": result.held_out_kl}
+                row |= {"bits_per_weight": result.report["bits_per_weight"]}
+                row |= {"polish": result.report["polish"] and result.report["polish"]["held_out"]}
             figures = {}
             for where, rows in tests.items():
                 measured = likelihood(outputs(skeleton, made, rows, batch=64), references[where], rows)
                 figures[where] = {**as_json(measured), "kl_by_row": measured.kl_by_row.tolist()}
-            found.append(
-                {
-                    "grid": grid,
-                    "seed": seed,
-                    "variant": name,
-                    "calibration": given.calibration,
-                    "settings": given.set,
-                    "fitted_by": result.fitted_by,
-                    "held_out_kl": result.held_out_kl,
-                    "bits_per_weight": result.report["bits_per_weight"],
-                    "accuracy": accuracy(made, skeleton.device, given.problems) if given.problems else None,
-                    "polish": result.report["polish"] and result.report["polish"]["held_out"],
-                    "seconds": round(time.monotonic() - began, 1),
-                    "figures": figures,
-                }
-            )
-            given.only.write_text(json.dumps(found))
+            row |= {"figures": figures, "accuracy": problems.accuracy(made, skeleton.device, asked) if asked else None}
+            found.append({**row, "seconds": round(time.monotonic() - began, 1)})
+            written = given.only.with_suffix(".new")
+            written.write_text(json.dumps(found))
+            written.replace(given.only)  # at once: the parent reads it meanwhile
             kl = " ".join(f"{where} {f['kl']['mean']:.4f}" for where, f in figures.items())
-            print(f"{grid} seed {seed} {name} ({found[-1]['seconds']} s): {kl}", flush=True)
+            right = " ".join(f"{kind} {sum(each) / len(each):.3f}" for kind, each in (row["accuracy"] or {}).items())
+            print(f"{grid} seed {seed} {name} ({found[-1]['seconds']} s): {kl} {right}", flush=True)
 
 
 def calibration(given: argparse.Namespace, prompts: Path) -> str:
@@ -175,22 +172,6 @@ def calibration(given: argparse.Namespace, prompts: Path) -> str:
     found = [prompt.replace("\n", " ") for prompt, _ in pairs(count, 1)]
     prompts.write_text("\n".join(found), encoding="utf-8")
     return f"self:{prompts}"
-
-
-def accuracy(source: Source, device: torch.device, count: int) -> dict[str, list[int]]:
-    """For each task whether each problem was answered right, by greedy decoding."""
-    import cot_tasks
-
-    problems = [problem for task in cot_tasks.TASKS for problem in cot_tasks.make(task, 800_000, count)]
-    tokenizer, model = source.tokenizer(), load_whole(source, device, torch.float32)
-    prompts = [prompt_ids(tokenizer, problem.prompt) for problem in problems]
-    greedy = Sampler(0, torch.Generator())
-    answers = answer(model, prompts, end_ids(model, tokenizer), ANSWER_TOKENS, 10**9, greedy)
-    right: dict[str, list[int]] = {task: [] for task in cot_tasks.TASKS}
-    for problem, ids in zip(problems, answers, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        right[problem.task].append(int(cot_tasks.grade(problem, text)))
-    return right
 
 
 if __name__ == "__main__":

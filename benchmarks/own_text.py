@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lfq_variants import accuracy
+from problems import accuracy, usual
 
 import logitwise
 from logitwise.calibration.generate import write_answers
@@ -123,7 +123,7 @@ def quantize(source: Source, given: argparse.Namespace) -> None:
             student, teacher = (outputs(skeleton, of, rows, batch=64) for of in (made, source))
             measured = likelihood(student, teacher, rows)
             figures[where] = {**as_json(measured), "kl_by_row": measured.kl_by_row.tolist()}
-        right = accuracy(made, device, given.problems) if given.problems else {}
+        right = accuracy(made, device, usual(given.problems)) if given.problems else {}
     row = {
         "grid": "w2g64",
         "seed": recipe.seed,

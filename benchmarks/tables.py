@@ -39,6 +39,7 @@ def main() -> None:
             mark = f" (MSE fit kept in {back} of {len(by_seed)})" if back else ""
             right = f" {accuracy([found['accuracy'] for found in by_seed.values()])} |" if asked else ""
             print(f"| {name}{mark} | {line(by_seed, variants.get(given.against, {}))} |{right}")
+        harder(variants)
 
 
 def line(by_seed: dict[int, Any], against: dict[int, Any]) -> str:
@@ -57,9 +58,31 @@ def fell_back(row: dict[str, Any]) -> bool:
     return row["fitted_by"] == "mse" and not row["variant"].startswith(("mse", "rtn"))
 
 
+def harder(variants: dict[str, dict[int, Any]]) -> None:
+    """A table of problems longer than the model was made for, where they were asked: a column for each kind."""
+    given = [found["accuracy"] or {} for by_seed in variants.values() for found in by_seed.values()]
+    kinds = list(dict.fromkeys(kind for tasks in given for kind in tasks if is_harder(kind)))
+    if kinds:
+        print("\n| variant | " + " | ".join(kinds) + " |\n" + "|---" * (len(kinds) + 1) + "|")
+    for name, by_seed in variants.items():
+        if kinds:
+            cells = (share([(found["accuracy"] or {}).get(kind, []) for found in by_seed.values()]) for kind in kinds)
+            print(f"| {name} | {' | '.join(cells)} |")
+
+
+def is_harder(kind: str) -> bool:
+    """Whether problems of a kind ("sum of 9") are longer than those of its task."""
+    return " of " in kind
+
+
 def accuracy(by_seed: list[dict[str, list[int]] | None]) -> str:
-    """The share of problems answered right over all tasks, and its standard error; empty where none were asked."""
-    right = [answer for tasks in by_seed for answers in (tasks or {}).values() for answer in answers]
+    """The share of problems answered right over the five tasks."""
+    return share([answers for tasks in by_seed for kind, answers in (tasks or {}).items() if not is_harder(kind)])
+
+
+def share(answers: list[list[int]]) -> str:
+    """The share of answers that are right, and its standard error; empty where there are none."""
+    right = [answer for part in answers for answer in part]
     if not right:
         return ""
     share = float(np.mean(right))
