@@ -85,8 +85,8 @@ def share(answers: list[list[int]]) -> str:
     right = [answer for part in answers for answer in part]
     if not right:
         return ""
-    share = float(np.mean(right))
-    return f"{share:.3f} ± {(share * (1 - share) / len(right)) ** 0.5:.3f}"
+    mean = float(np.mean(right))
+    return f"{mean:.3f} ± {(mean * (1 - mean) / len(right)) ** 0.5:.3f}"
 
 
 def interval(one: dict[int, Any], other: dict[int, Any], seeds: list[int]) -> str:
