@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ class Schedule:
     checks: int
     learning: Callable[[str], Learning]
     seed: int
-    choose: str = "held_out"
+    choose: Literal["held_out", "batch", "last"] = "held_out"
     until_flat: bool = False
 
 
@@ -79,27 +81,30 @@ def descend(
     held_out: list[tuple[int, float]] = []
     step, steps, falls, flat = 0, schedule.steps, schedule.steps, None
     while True:
-        if measure is not None and (step in checks or step == steps):
+        if step in checks or step == steps:
             check()
-            held_out.append((step, measure()))
-            if schedule.choose == "held_out":
-                best.offer(*held_out[-1])
-            if schedule.until_flat and falls == schedule.steps:
-                flat = step if is_flat([value for _, value in held_out]) else None
-                if flat is not None or step >= 0.8 * steps:
-                    falls, steps = step, min(steps, step + max(1, step // 4))
+            if measure is not None:
+                held_out.append((step, measure()))
+                if schedule.choose == "held_out":
+                    best.offer(*held_out[-1])
+                if schedule.until_flat and falls == schedule.steps and is_flat([value for _, value in held_out]):
+                    flat = step
+        if schedule.until_flat and falls == schedule.steps and (flat is not None or step >= 0.8 * steps):
+            falls, steps = step, min(steps, step + max(1, step // 4))
         if step == steps:
             break
         loss = learn(step)
         if schedule.choose == "batch":
             best.offer(step, loss.item())
-        share = min(1.0, (steps - step) / max(1, steps - falls)) if schedule.until_flat else None
-        optimizers.step(step, steps, share)
+        if schedule.until_flat:
+            share = min(1.0, (steps - step) / max(1, steps - falls))
+            optimizers.step(partial(_held_rate, steps=schedule.steps, share=share))
+        else:
+            optimizers.step(partial(rate_at, step=step, steps=steps))
         after_step()
         losses.append(loss.detach())
         step += 1
         stage.advance(units)
-    check()
     best.restore()
     found = torch.stack(losses).tolist() if losses else []
     return Course(found, held_out, step if best.step is None else best.step, flat)
@@ -161,12 +166,11 @@ class Optimizers:
             sign = how.optimizer == "sign_sgd"
             self._each.append((SignSGD(group) if sign else torch.optim.Adam(group, fused=True), how))
 
-    def step(self, step: int, steps: int, share: float | None = None) -> None:
-        """One step of each at the rate of its role, or at a share of its first; gradients are let go."""
+    def step(self, rate: Callable[[Learning], float]) -> None:
+        """One step of each at the rate of its role; gradients are let go."""
         for optimizer, learning in self._each:
-            rate = rate_at(learning, step, steps) if share is None else share * rate_at(learning, 0, steps)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate(learning)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -177,6 +181,11 @@ def rate_at(learning: Learning, step: int, steps: int) -> float:
     if learning.schedule == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
     return rate * (1 - step / steps)
+
+
+def _held_rate(learning: Learning, steps: int, share: float) -> float:
+    """A share of the first step's rate, without the schedule."""
+    return share * rate_at(learning, 0, steps)
 
 
 def row_order(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
@@ -191,5 +200,9 @@ def row_order(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 
 def is_flat(values: list[float]) -> bool:
-    """Whether the least of a held-out curve fell by less than a hundredth over its last two values."""
-    return len(values) > 2 and min(values[:-2]) - min(values) < 0.01 * min(values)
+    """Whether the least of a held-out curve fell by less than a hundredth over its last two values.
+
+    Counted from its largest value on: at a high rate a curve rises before it falls.
+    """
+    falling = values[values.index(max(values)) :]
+    return len(falling) > 2 and min(falling[:-2]) - min(falling) < 0.01 * min(falling)

@@ -142,13 +142,15 @@ def fit(
     units: float = 1,
     fresh: Iterator[Data] | None = None,
 ) -> Fitted:
-    """Learns the quantizers of a window and keeps the iterate that is best on the held-out rows.
+    """Learns the quantizers of a window and keeps the iterate that the schedule chooses.
 
     `stage` advances by `units` a step. With `fresh` data, which come after those there are, no row is learned from
     twice.
 
     Errors: MachineError, naming the layer, where a parameter stops being a number.
     """
+    if not quantizers:  # every slot of the window is kept in full precision
+        return Fitted({}, Course([], [], 0, None), 0)
     forward, batches = window.learn(quantizers), batches_of(data, schedule, fresh)
     tokens = torch.zeros((), dtype=torch.int64, device=data.inputs.device)
 
@@ -160,6 +162,7 @@ def fit(
         loss.backward()
         return loss
 
+    @torch.no_grad()
     def measure_held_out() -> float:
         return measure(window, weights_of(quantizers, 1.0), objective, head, data, schedule.batch)
 

@@ -6,15 +6,17 @@ is in memory with its activations: each is run once more when its gradient's tur
 """
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 RECORDED_WEIGHTS = 1 << 27
 """Weights of all blocks together up to which launches cost more than arithmetic."""
+
+BYTES_A_WEIGHT = 36
+"""What a learned weight takes: saved for the backward pass 18, its gradient 4, the optimiser 8, the best iterate 4."""
 
 ACTIVATIONS = 40
 """What a block keeps for its backward pass, in hidden states: a bound for gated MLPs four times as wide."""
@@ -37,6 +39,27 @@ class LearnableBlock(nn.Module):
     def forward(self, hidden: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens d"]:
         """The hidden states that leave it."""
         return self.run(hidden)
+
+
+class _RunAgain(torch.autograd.Function):
+    """A block that keeps nothing but what entered it, and is run once more going backward."""
+
+    @staticmethod
+    def forward(ctx: Any, block: LearnableBlock, hidden: Tensor, *parameters: nn.Parameter) -> Tensor:
+        ctx.block, ctx.learns_hidden = block, hidden.requires_grad
+        ctx.save_for_backward(hidden)
+        left: Tensor = block(hidden)
+        return left
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        hidden = hidden.detach().requires_grad_(ctx.learns_hidden)
+        with torch.enable_grad():
+            out = ctx.block(hidden)
+        wanted = [*([hidden] if ctx.learns_hidden else []), *ctx.block.parameters()]
+        found = torch.autograd.grad(out, wanted, gradient, allow_unused=True)
+        return (None, *found) if ctx.learns_hidden else (None, None, *found)
 
 
 class LearnableBlocks:
@@ -66,14 +89,16 @@ class LearnableBlocks:
             hidden = self.blocks[0](hidden)
         else:
             for block in self.blocks:
-                hidden = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False)
+                hidden = _RunAgain.apply(block, hidden, *block.parameters())  # type: ignore[no-untyped-call]
         return hidden
 
     def _is_worth_recording(self, hidden: Tensor) -> bool:
-        if not hidden.is_cuda or self.weights > RECORDED_WEIGHTS:
+        learned = all(any(parameter.requires_grad for parameter in block.parameters()) for block in self.blocks)
+        if not hidden.is_cuda or not learned or self.weights > RECORDED_WEIGHTS:
             return False
+        torch.cuda.empty_cache()  # what torch keeps for later is free too
         free, _ = torch.cuda.mem_get_info(hidden.device)
-        return ACTIVATIONS * len(self.blocks) * hidden.nbytes + 16 * self.weights < free // 2
+        return ACTIVATIONS * len(self.blocks) * hidden.nbytes + BYTES_A_WEIGHT * self.weights < free // 2
 
     def _record(self, hidden: Tensor) -> None:
         # Copies, because recording changes a module's forward; the blocks themselves take hidden states of any shape.
@@ -82,7 +107,12 @@ class LearnableBlocks:
         for index in range(len(copies)):
             sample = torch.zeros_like(hidden, requires_grad=index > 0 or hidden.requires_grad)
             samples.append((sample,))
-        made = torch.cuda.make_graphed_callables(copies, tuple(samples), allow_unused_input=True)
-        # It warns that gradients are added up on the stream of the recording; they are waited for.
-        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-        self._recorded = cast(tuple[Callable[..., Tensor], ...], made)
+        # PyTorch 2.10 and later warn that gradients are added up on the stream of the recording; they are waited for.
+        if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        try:
+            with torch.cuda.device(hidden.device):
+                made = torch.cuda.make_graphed_callables(copies, tuple(samples), allow_unused_input=True)
+            self._recorded = cast(tuple[Callable[..., Tensor], ...], made)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()  # the blocks are run again instead

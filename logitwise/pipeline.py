@@ -3,6 +3,7 @@
 source -> calibration rows -> stream of blocks -> fit -> run folder -> format -> audit -> report
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,12 +24,14 @@ from logitwise.quantizers import QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe
 from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain, digest_of
 from logitwise.skeleton import Slot, load_whole
-from logitwise.stream import Step, Walk, plan_steps
+from logitwise.stream import NUMERICS, Step, Walk, plan_steps
 from logitwise.watch import SILENT, Watcher
 
 ROWS_AT_A_TIME = 8
-PARTS_OF_THE_BLOCKS = 1 << 20  # parts of fresh text that are the final blocks'; the polish has those after
-"""Steps of a polish whose fresh rows are written together: a model writes many answers at once in little more time."""
+"""Steps whose fresh rows are written together: a model writes many answers at once in little more time."""
+
+PARTS_OF_THE_BLOCKS = 1 << 20
+"""Parts of fresh text that are the final blocks'; the polish has those after."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def quantize(
     if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
         watcher.say(f"{recipe.method} reads no text: --calibration is not used")
     with repeatable():
-        job = check(model, out, recipe, overwrite, reads and rows is None, revision, watcher)
+        writes_more = recipe.fresh_last or recipe.polish_fresh
+        job = check(model, out, recipe, overwrite, reads and (rows is None or writes_more), revision, watcher)
         for name, choice in job.choices.items():
             watcher.say(f"{name.replace('_', ' ')}: {choice.value} ({choice.why})")
         if dropped := [fate.tensor for fate in job.fates if fate.fate == "dropped"]:
@@ -101,7 +105,7 @@ def quantize(
         if fresh:
             folder.remove()
         settings = {name: job.choices[name].value for name in ("device", "compute_dtype")}
-        root = chain("logitwise", model=job.digest, versions=versions(), **settings)
+        root = chain("logitwise", model=job.digest, versions=versions(), numerics=NUMERICS, **settings)
         data = rows_of_run(job, recipe, rows, folder, root, watcher) if reads else None
         if learns and data:
             steps = _fit(job, recipe, data, folder, root, watcher)
@@ -151,7 +155,7 @@ def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, 
     Walk(job.skeleton, fewer, both, len(data.held_out), folder, job.kept, fresh).run(steps, watcher)
     if recipe.fresh_last:
         record = folder.record(steps[-1].key)
-        _say_flat(watcher, record["flat"], len(record["losses"]), record["tokens"])
+        _say_flat(watcher, record["flat"], len(record["losses"]), record["tokens"], bool(record["held_out"]))
     return steps
 
 
@@ -185,6 +189,8 @@ def _polish(
     rows = Rows.join([data.train[: recipe.polish_rows], data.held_out])
     learning = {role: vars(recipe.polish_learning_of(role)) for role in POLISHED}
     asked = recipe.model_dump(include={"polish_steps", "polish_batch", "batch", "checks", "seed", "polish_fresh"})
+    if recipe.polish_fresh:
+        asked |= recipe.model_dump(include={"calibration", "temperature"})
     digest = digest_of(rows.ids, rows.following, rows.weights)
     key = chain("polish", made_by=made_by, rows=digest, held_out=len(data.held_out), learning=learning, **asked)
     if not folder.has(key):
@@ -193,15 +199,18 @@ def _polish(
             batch = recipe.polish_batch or recipe.batch
             fresh = _fresh(job, recipe, batch, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
             folder.save_polished(key, polish.run(stage, fresh))
+        del polish, fresh
+        gc.collect()  # recorded blocks hold themselves in cycles
     polished = folder.load_polished(key)
     if recipe.polish_fresh:
-        _say_flat(watcher, polished.flat, len(polished.losses), polished.tokens)
+        _say_flat(watcher, polished.flat, len(polished.losses), polished.tokens, bool(polished.held_out))
     return polished
 
 
-def _say_flat(watcher: Watcher, flat: int | None, steps: int, tokens: int) -> None:
+def _say_flat(watcher: Watcher, flat: int | None, steps: int, tokens: int, asked: bool) -> None:
     end = f"flat after {flat} of {steps} steps" if flat is not None else f"not flat yet after {steps} steps"
-    watcher.say(f"held-out KL was {end}; {tokens:,} tokens were learned from")
+    curve = f"held-out KL was {end}" if asked else "no rows were held out"
+    watcher.say(f"{curve}; {tokens:,} tokens were learned from")
 
 
 def _fresh(job: Job, recipe: Recipe, batch: int, after: int = 0) -> Iterator[Rows]:

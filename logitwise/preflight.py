@@ -154,7 +154,9 @@ def _check_read(recipe: Recipe) -> None:
     for keys, read, why, instead in cases:
         for key in keys:
             if not read and getattr(recipe, key) != Recipe.model_fields[key].default:
-                raise RecipeError(f"{key} is not read", why, f"{instead}, or leave {key} out")
+                raise RecipeError(
+                    f"{key} is not read", why, f"{instead}, or leave {key} out (a preset or file may have it)"
+                )
 
 
 def _check_settings(recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
@@ -40,6 +40,14 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _count_or_all(value: Any) -> int | str:
+    if value == "all":
+        return "all"
+    if str(value).isdecimal() and int(value) >= 1:
+        return int(value)
+    raise ValueError("it should be a number of at least 1, or all")
+
+
 class Learning(_Frozen):
     """How the parameters of one role are learned."""
 
@@ -62,7 +70,7 @@ class Recipe(_Frozen):
     method: str = Field("flexround", description="how weights are learned")
     objective: str = Field("lfq", description="what the final blocks are fitted by")
     objective_settings: dict[str, Any] = Field({}, description="of the objective: temperature, k, share, prompts")
-    final_blocks: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+    final_blocks: Annotated[int | Literal["all"], BeforeValidator(_count_or_all)] = Field(
         1, description="blocks at the end that are fitted together by the objective, or all"
     )
     shrink: bool = Field(False, description="then fit the final blocks again without the first of them, and so on")
@@ -202,7 +210,7 @@ def _read(preset: str | Path) -> dict[str, Any]:
 def not_possible(place: str, error: ValidationError, remedy: str) -> RecipeError:
     """What is said of the value of a key, `place`, that pydantic did not take."""
     first = error.errors()[0]
-    reason = first["msg"].replace("Input should", "it should")
+    reason = first["msg"].replace("Input should", "it should").removeprefix("Value error, ")
     return RecipeError(f"{place} = {first['input']!r} is not possible", reason[:1].lower() + reason[1:], remedy)
 
 

@@ -29,7 +29,7 @@ from logitwise.runfolder import RunFolder, chain
 from logitwise.skeleton import Call, Head, Skeleton, Slot
 from logitwise.watch import Stage, Watcher
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised when the same settings give another result, so that finished windows of before are not reused."""
 
 
@@ -78,7 +78,6 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
         checks=recipe.checks,
         seed=recipe.seed,
         keep=recipe.keep,
-        numerics=NUMERICS,
     )
 
     def step(
@@ -93,7 +92,7 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
         own |= dict(learning=learning, starts=starts, keeps_state=keeps_state)
         if refit:
             own |= dict(settings=recipe.objective_settings, teacher=recipe.teacher_last, choose=recipe.choose_last)
-            own |= dict(fresh=recipe.fresh_last and recipe.calibration)
+            own |= dict(fresh=recipe.fresh_last and [recipe.calibration, recipe.temperature])
         key = chain(previous, **common, **own)
         return Step(blocks, objective, length, batch, train, refit, starts, keeps_state, key)
 
@@ -185,6 +184,7 @@ class Walk:
                 if step.blocks[-1] < depth - 1:
                     weights = {slot: q.dequantize() for slot, q in quantized.items()}
                     window.advance(student, weights, self.at_once)
+            student = at_fork  # those at the end are not read any more
             for step, following in zip_longest(refit, refit[1:]):
                 window = Window(self.skeleton, step.blocks, calls, self.kept)
                 fresh = self._fresh_data(steps[:fork], calls)
@@ -290,8 +290,9 @@ def _outcome(step: Step, fitted: Fitted, unit: str, seconds: float) -> str:
     course = fitted.course
     if not course.held_out:
         return f"{step.title} by {step.objective}: {seconds:.0f} s"
-    (_, before), measures = course.held_out[0], dict(course.held_out)
+    (_, before), after = course.held_out[0], dict(course.held_out).get(course.kept)
+    end = "" if after is None else f" to {after:.4g}"  # the iterate of the least batch was not measured
     return (
-        f"{step.title} by {step.objective}: held-out {unit} {before:.4g} to {measures[course.kept]:.4g}, "
-        f"step {course.kept} of {step.steps} kept, {seconds:.0f} s"
+        f"{step.title} by {step.objective}: held-out {unit} {before:.4g}{end}, "
+        f"step {course.kept} of {len(course.losses)} kept, {seconds:.0f} s"
     )

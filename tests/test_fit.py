@@ -293,6 +293,29 @@ def test_fresh_rows_come_once_after_those_there_are() -> None:
     assert float(number.p.detach()) == pytest.approx(-0.4)  # nothing is held out: the rate stays as it is
 
 
+@pytest.mark.parametrize(("checks", "held_out"), [(1, 2), (3, 2), (4, 0)])
+@pytest.mark.parametrize(("rate", "per"), [(0.1, "step"), (2.0, "fit")])
+def test_rates_stay_and_fall_to_nothing_after_four_fifths_however_seldom_rows_are_asked(
+    checks: int, held_out: int, rate: float, per: str
+) -> None:
+    window, number = Adding(), Number()
+    rows = torch.zeros(44, 3, 8)
+    data = Data(rows, rows, torch.ones(44, 3), NONE.expand(44, 3), 44 - held_out, held_out)
+    schedule = Schedule(20, 2, checks, lambda role: learning(rate=rate, per=per), 0, "last", until_flat=True)
+    fit(window, {window.slots[0]: number}, Told([9, 5, 1, 0.1, 0.01]), None, data, schedule, Stage(), 1, iter([]))
+    learned = [p for p, at in zip(number.seen, number.progress, strict=True) if at < 1]
+    moved = [before - after for before, after in zip(learned, [*learned[1:], float(number.p.detach())], strict=True)]
+    assert moved == pytest.approx([0.1] * 17 + [0.075, 0.05, 0.025], abs=1e-6)
+
+
+def test_a_window_of_which_nothing_is_quantized_is_fitted_at_once() -> None:
+    rows = torch.zeros(4, 3, 8)
+    data = Data(rows, rows, torch.ones(4, 3), NONE.expand(4, 3), 2, 2)
+    fitted = fit(Adding(), {}, Told([]), None, data, Schedule(3, 2, 1, lambda role: learning(), 0), Stage())
+    assert fitted.quantized == {}
+    assert fitted.course.losses == []
+
+
 def test_the_weights_that_are_measured_are_those_of_the_end() -> None:
     _, number, _ = learn(learning(), steps=4, measures=[3, 2, 1])
     assert number.progress == [1.0, 0.0, 0.25, 1.0, 0.5, 0.75, 1.0]

@@ -4,10 +4,15 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import VOCABULARY, MemorySource, tiny_model
 from torch import Tensor, nn
 
 from logitwise import learnable
+from logitwise.fit import Window
+from logitwise.grid import Grid
 from logitwise.learnable import LearnableBlock, LearnableBlocks
+from logitwise.quantizers import QUANTIZERS, STARTS
+from logitwise.skeleton import Skeleton
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
 
@@ -95,3 +100,25 @@ def test_what_changes_or_is_large_is_not_recorded(reason: str) -> None:
     for _ in range(3):
         blocks(torch.ones(1, 2, 6, device="cuda")).sum().backward()
     assert ran == [0, 0, 0]
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["flexround", "signround"])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_recorded_window_learns_what_one_run_again_learns(
+    method: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for recorded in (learnable.RECORDED_WEIGHTS, 0):
+        monkeypatch.setattr(learnable, "RECORDED_WEIGHTS", recorded)
+        skeleton = Skeleton(MemorySource(tiny_model("llama")), torch.device("cuda"), torch.float32)
+        ids = torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
+        last = range(3 - blocks, 3)
+        window = Window(skeleton, last, skeleton.calls(12), lambda slot: slot.name.endswith("o_proj.weight"))
+        quantizers = window.quantizers(QUANTIZERS[method], Grid(3, 16, False), STARTS["searched"])
+        learn, hidden = window.learn(quantizers), skeleton.embed(ids)
+        for part in (hidden[:2], hidden[2:], hidden[1:3]):
+            learn(part, 0.0).square().mean().backward()
+        found.append([p.grad for quantizer in quantizers.values() for p in quantizer.parameters()])
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-7) for one, other in zip(*found, strict=True))
+    assert any(bool(gradient.abs().max() > 0) for gradient in found[0])

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from source_files import llama_config, random_model, save, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitwise
-from logitwise import stream
+from logitwise import pipeline, stream
 from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError, FormatError, InputError, SourceError
 from logitwise.evaluation import evaluate, measure_models
@@ -240,14 +241,84 @@ def test_a_polish_on_fresh_text_of_the_model_says_how_much_it_read(folder: Path,
     assert again.report["polish"] == result.report["polish"]
 
 
-def test_final_blocks_on_fresh_text_of_the_model_say_how_much_they_read(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Rows]]:
+    """The parts of fresh text that a run has taken, each with how many it left out."""
+    taken: list[tuple[int, Rows]] = []
+
+    def noting(*given: object, after: int = 0, **more: object) -> Iterator[Rows]:
+        for rows in true_fresh_rows(*given, after=after, **more):
+            taken.append((after, rows))
+            yield rows
+
+    true_fresh_rows = pipeline.fresh_rows
+    monkeypatch.setattr(pipeline, "fresh_rows", noting)
+    return taken
+
+
+def test_blocks_and_polish_read_other_fresh_text_and_the_way_it_is_written_is_in_their_keys(
+    folder: Path, tmp_path: Path, parts: list[tuple[int, Rows]]
+) -> None:
+    settings = {"rows": 6, "held_out": 4, "row_tokens": 24, "batch": 2, "steps": 6, "checks": 3}
+    settings |= {"fresh_last": True, "choose_last": "last", "polish": True, "polish_fresh": True, "polish_steps": 6}
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(open_source(folder).config.vocab_size, (10, 25), generator=generator)
+    given = Rows(ids[:, :-1], ids[:, 1:], torch.ones(10, 24))
+    run = {"run_folder": tmp_path / "run", "keep_run": True, "rows": given}
+    made = logitwise.Recipe.load(None, **{**TINY, **settings})
+    first = logitwise.quantize(folder, tmp_path / "out", made, **run)
+    places = {after for after, _ in parts}
+    assert places == {0, pipeline.PARTS_OF_THE_BLOCKS}
+    blocks, polish = ([rows for after, rows in parts if after == place] for place in sorted(places))
+    assert not torch.equal(blocks[0].ids, polish[0].ids)
+    parts.clear()
+    logitwise.quantize(folder, tmp_path / "again", made, **run)
+    assert not parts
+    other = logitwise.quantize(folder, tmp_path / "other", made.but(temperature=0.1), **run)
+    assert {after for after, _ in parts} == places
+    assert other.report["windows"][-1]["losses"] != first.report["windows"][-1]["losses"]
+    assert other.report["polish"]["losses"] != first.report["polish"]["losses"]
+
+
+def test_the_iterate_of_the_least_batch_may_be_kept(folder: Path, text: Path, tmp_path: Path) -> None:
+    changes = {"steps_last": 20, "choose_last": "batch", "objective": "hard_labels"}
+    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, **changes))
+    final = result.report["windows"][-1]
+    assert final["kept"] == final["losses"].index(min(final["losses"]))
+    assert result.fitted_by == "hard_labels"
+
+
+def test_a_block_may_stay_in_full_precision(folder: Path, text: Path, tmp_path: Path) -> None:
+    for name, blocks in (("one", 1), ("all", "all")):
+        made = recipe(text, keep=("*layers.0.*",), final_blocks=blocks, start_last="mse")
+        result = logitwise.quantize(folder, tmp_path / name, made)
+        assert len(result.report["windows"]) == 3
+        assert "model.layers.0.mlp.up_proj.weight" in open_source(tmp_path / name).names()
+
+
+def test_where_fresh_text_comes_from_is_checked_before_the_work_also_for_given_rows(
+    folder: Path, tmp_path: Path
+) -> None:
+    ids = torch.zeros(24, 25, dtype=torch.int64)
+    given = Rows(ids[:, :-1], ids[:, 1:], torch.ones(24, 24))
+    made = logitwise.Recipe.load(None, **{**TINY, "calibration": "self:/nowhere.txt", "fresh_last": True})
+    with pytest.raises(CalibrationError, match=r"nowhere\.txt"):
+        logitwise.quantize(folder, tmp_path / "out", made, rows=given)
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_final_blocks_on_fresh_text_of_the_model_say_how_much_they_read(
+    folder: Path, tmp_path: Path, parts: list[tuple[int, Rows]]
+) -> None:
     listener = Listener()
     changes = {"calibration": "self", "rows": 6, "held_out": 4, "row_tokens": 48, "batch": 2, "steps": 10, "checks": 5}
     made = logitwise.Recipe.load(None, **{**TINY, **changes, "fresh_last": True, "choose_last": "last"})
     result = logitwise.quantize(folder, tmp_path / "out", made, watcher=listener)
     final = result.report["windows"][-1]
     assert final["objective"] == "lfq"
-    assert final["tokens"] > result.report["calibration"]["counted_tokens"]
+    assert [after for after, _ in parts] == [0] * len(parts)
+    first = result.report["calibration"]["counted_tokens"]
+    assert first < final["tokens"] <= first + sum(rows.counted() for _, rows in parts)
     assert any(f"{final['tokens']:,} tokens were learned from" in said for said in listener.said)
     again = logitwise.quantize(folder, tmp_path / "again", made)
     assert again.report["windows"][-1]["losses"] == final["losses"]

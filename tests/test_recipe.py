@@ -111,6 +111,14 @@ def test_a_key_like_no_other_is_refused_with_all_of_them() -> None:
         Recipe.of({"xyzzy": 1})
 
 
+@pytest.mark.parametrize("wrong", [0, -1, "0", "ALL", "many", 1.5])
+def test_final_blocks_are_a_number_or_all(wrong: object) -> None:
+    assert [Recipe.load(None, final_blocks=given).final_blocks for given in (3, "3", "all")] == [3, 3, "all"]
+    message = f"final_blocks = {wrong!r} is not possible\n.*it should be a number of at least 1, or all"
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(None, final_blocks=wrong)
+
+
 def test_an_unknown_key_of_a_learning_table_is_refused_with_its_own_nearest() -> None:
     scale = {"optimizer": "adam", "rtae": 0.5, "schedule": "linear", "rate": 0.5}
     with pytest.raises(RecipeError, match=r"unknown recipe key learning\.scale\.rtae\n.*\n.*did you mean rate[?]"):

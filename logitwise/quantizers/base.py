@@ -23,7 +23,7 @@ class Quantizer(nn.Module, ABC):
     learns: ClassVar[bool] = True
     """Whether there is anything to fit; a method that does not learn reads no calibration text."""
 
-    reads_progress: ClassVar[bool] = False
+    reads_progress: ClassVar[bool] = True
     """Whether `forward` depends on how far the fit is, so that a step cannot be recorded and replayed."""
 
     @classmethod

@@ -26,6 +26,7 @@ class FlexRound(Quantizer):
         scale, zero: where the fit starts, float32 [out, groups].
     """
 
+    reads_progress = False
     weight: Tensor
     zero: Tensor
 

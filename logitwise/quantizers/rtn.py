@@ -13,6 +13,7 @@ class RoundToNearest(Quantizer):
     """Codes nearest to the weight on the grid that the start found."""
 
     learns = False
+    reads_progress = False
 
     def __init__(self, quantized: Quantized) -> None:
         super().__init__()

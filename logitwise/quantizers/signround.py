@@ -27,6 +27,7 @@ class SignRound(Quantizer):
         factor: the share of each group's range at the start, [out, groups].
     """
 
+    reads_progress = False
     weight: Tensor
     low: Tensor
     high: Tensor
