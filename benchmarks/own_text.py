@@ -59,6 +59,7 @@ def main() -> None:
 def write(source: Source, given: argparse.Namespace) -> None:
     """Rows of the model's own text."""
     tokenizer = source.tokenizer()
+    assert len(tokenizer) < 1 << 15, "ids are stored in 16 bits"
     tokens = (given.make + 1) * 256
     began = time.monotonic()
     documents = write_answers(

@@ -3,8 +3,7 @@
 Blocks are fitted one after another, each blind to those after it; what they leave is tuned here, end to end, in what
 costs nothing at inference: the scales of all groups, and the vectors that stay in full precision (norms, biases).
 EfficientQAT tunes scales so (E2E-QP, arXiv 2407.11062), with the text's next token as a hard label; here the label is
-the full-precision model's distribution. The forward pass goes block by block and keeps what enters each; going backward
-each block is run once more, so that no more than one is in memory with its activations.
+the full-precision model's distribution. How it goes backward through all blocks is learnable.py's.
 """
 
 from collections.abc import Callable, Iterator
