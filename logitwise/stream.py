@@ -120,7 +120,7 @@ def final_blocks(recipe: Recipe, depth: int) -> int:
     found = depth if recipe.final_blocks == "all" else recipe.final_blocks
     if found > depth:
         raise RecipeError(
-            f"--final-blocks {found} is too many", f"the model has {depth} blocks", f"choose 1 to {depth}"
+            f"--final-blocks {found} is too many", f"the model has {depth} blocks", f"choose 1 to {depth}, or all"
         )
     return found
 
