@@ -155,7 +155,9 @@ def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, 
     Walk(job.skeleton, fewer, both, len(data.held_out), folder, job.kept, fresh).run(steps, watcher)
     if recipe.fresh_last:
         record = folder.record(steps[-1].key)
-        _say_flat(watcher, record["flat"], len(record["losses"]), record["tokens"], bool(record["held_out"]))
+        _say_flat(
+            watcher, "final blocks", record["flat"], len(record["losses"]), record["tokens"], bool(record["held_out"])
+        )
     return steps
 
 
@@ -203,14 +205,14 @@ def _polish(
         gc.collect()  # recorded blocks hold themselves in cycles
     polished = folder.load_polished(key)
     if recipe.polish_fresh:
-        _say_flat(watcher, polished.flat, len(polished.losses), polished.tokens, bool(polished.held_out))
+        _say_flat(watcher, "polish", polished.flat, len(polished.losses), polished.tokens, bool(polished.held_out))
     return polished
 
 
-def _say_flat(watcher: Watcher, flat: int | None, steps: int, tokens: int, asked: bool) -> None:
+def _say_flat(watcher: Watcher, what: str, flat: int | None, steps: int, tokens: int, asked: bool) -> None:
     end = f"flat after {flat} of {steps} steps" if flat is not None else f"not flat yet after {steps} steps"
     curve = f"held-out KL was {end}" if asked else "no rows were held out"
-    watcher.say(f"{curve}; {tokens:,} tokens were learned from")
+    watcher.say(f"{what}: {curve}; {tokens:,} tokens were learned from")
 
 
 def _fresh(job: Job, recipe: Recipe, batch: int, after: int = 0) -> Iterator[Rows]:

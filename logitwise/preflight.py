@@ -144,7 +144,7 @@ def _check_read(recipe: Recipe) -> None:
         (OF_THE_POLISH, recipe.polish, "there is no polish without --polish", "add --polish"),
         (("polish_fresh",), recipe.polish, "there is no polish without --polish", "add --polish"),
         (
-            ("polish_fresh", "fresh_last"),
+            ("polish_fresh", "fresh_last", "temperature"),
             writes(recipe.calibration),
             f"{recipe.calibration} is read, not written",
             "choose --calibration self or server",

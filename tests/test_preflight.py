@@ -92,10 +92,10 @@ def test_the_preset_of_the_whole_model_needs_something_to_learn_and_a_head_to_lo
     refused("final_blocks is not read\n.*mse fits each block alone", tmp_path, preset="whole", objective="mse")
 
 
-@pytest.mark.parametrize("key", ["polish_fresh", "fresh_last"])
-def test_fresh_rows_are_refused_where_text_is_read(key: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "value"), [("polish_fresh", True), ("fresh_last", True), ("temperature", 0.5)])
+def test_how_text_is_written_is_refused_where_it_is_read(key: str, value: object, tmp_path: Path) -> None:
     (text := tmp_path / "text.txt").write_text("Something.")
-    given = {key: True, "polish": True, "calibration": f"text:{text}"}
+    given = {key: value, "polish": True, "calibration": f"text:{text}"}
     refused(f"{key} is not read\n.*is read, not written\n.*self or server.*leave {key} out", tmp_path / "out", **given)
 
 
