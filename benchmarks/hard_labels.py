@@ -8,18 +8,16 @@ Blocks 1 to 11 are shared, their iterates chosen on 16 held-out rows. Measured a
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import Measuring, as_rows, cot_tests, kl_line
+from processes import about, save
 
 import logitwise
-from logitwise.calibration.rows import Rows
-from logitwise.machine import versions
-from logitwise.measure.likelihood import as_json, likelihood, outputs
 from logitwise.skeleton import Skeleton
 from logitwise.source import open_source
 
@@ -47,21 +45,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args()
     sys.path.insert(0, str(given.eval))
-    from cot_rows import final_rows
     from cot_rows import rows as cot_rows
 
     source = open_source(given.model)
     tokenizer = source.tokenizer()
-
-    def as_rows(made: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Rows:
-        ids, mask, following = made
-        return Rows(ids, following, mask.float())
-
     train = as_rows(cot_rows(tokenizer, 512, 1))
-    tests = {"development": as_rows(cot_rows(tokenizer, 64, 2000))}
-    tests |= {f"final {kind}": as_rows(final_rows(tokenizer, kind)) for kind in ("both", "solutions", "chat")}
-    skeleton = Skeleton(source, torch.device(given.device), torch.float32)
-    references = {name: outputs(skeleton, source, rows, batch=32) for name, rows in tests.items()}
+    measuring = Measuring(Skeleton(source, torch.device(given.device), torch.float32), source, cot_tests(tokenizer))
     base = {"bits": 2, "method": "signround", "start": "minmax", "steps": given.steps, "batch": 8, "rows": 512}
     base |= {"row_tokens": 256, "held_out": 16, "checks": 5, "device": given.device, "compute_dtype": "float32"}
     found = []
@@ -73,18 +62,12 @@ def main() -> None:
                 result = logitwise.quantize(
                     given.model, out, recipe, rows=train, run_folder=run, keep_run=True, overwrite=True
                 )
-                made, figures = open_source(out), {}
-                for where, rows in tests.items():
-                    measured = likelihood(outputs(skeleton, made, rows, batch=32), references[where], rows)
-                    figures[where] = {**as_json(measured), "kl_by_row": measured.kl_by_row.tolist()}
+                figures = measuring(open_source(out))
                 last = result.report["windows"][-1]
                 row = {"grid": "w2g64", "seed": seed, "variant": name, "fitted_by": result.fitted_by}
                 found.append({**row, "held_out_kl": result.held_out_kl, "kept": last["kept"], "figures": figures})
-                kl = " ".join(f"{where} {figure['kl']['mean']:.4f}" for where, figure in figures.items())
-                print(f"seed {seed} {name}, step {last['kept']} kept: {kl}", flush=True)
-                device = torch.cuda.get_device_name() if given.device.startswith("cuda") else "cpu"
-                about = {"device": device, "versions": versions(), "arguments": sys.argv[1:]}
-                given.out.write_text(json.dumps({**about, "results": found}))
+                print(f"seed {seed} {name}, step {last['kept']} kept: {kl_line(figures)}", flush=True)
+                save(given.out, {**about(given.device), "results": found})
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ variants of a process share the blocks that they have in common. `benchmarks/tab
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,11 +18,10 @@ from typing import Any
 
 import problems
 import torch
+from measuring import Measuring, as_rows, cot_tests, kl_line
+from processes import each_grid_and_seed, save
 
 import logitwise
-from logitwise.calibration.rows import Rows
-from logitwise.machine import versions
-from logitwise.measure.likelihood import as_json, likelihood, outputs
 from logitwise.recipe import parse_settings
 from logitwise.skeleton import Skeleton
 from logitwise.source import open_source
@@ -77,51 +74,20 @@ def main() -> None:
     if given.only:
         work(given)
         return
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
-        waiting = [(grid, seed) for seed in given.seeds for grid in given.grids]
-        running: list[subprocess.Popen[bytes]] = []
-        files: list[Path] = []
-        while waiting or any(process.poll() is None for process in running):
-            while waiting and sum(process.poll() is None for process in running) < given.jobs:
-                grid, seed = waiting.pop(0)
-                files.append(Path(temporary) / f"{grid}_{seed}.json")
-                own = ["--grids", grid, "--seeds", str(seed), "--only", str(files[-1])]
-                running.append(subprocess.Popen([sys.executable, *sys.argv, *own]))
-            time.sleep(2)
-            gather(files, given, time.monotonic() - began)
-        gather(files, given, time.monotonic() - began)
-    failed = [process.returncode for process in running if process.returncode]
-    raise SystemExit(f"{len(failed)} of {len(running)} processes failed" if failed else 0)
-
-
-def gather(files: list[Path], given: argparse.Namespace, seconds: float) -> None:
-    """Everything found so far, into --out."""
-    found = [row for file in files if file.exists() for row in json.loads(file.read_text())]
-    device = torch.cuda.get_device_name() if given.device.startswith("cuda") else "cpu"
-    about = {"device": device, "versions": versions(), "arguments": sys.argv[1:], "seconds": round(seconds)}
-    given.out.write_text(json.dumps({**about, "results": found}))
+    each_grid_and_seed(given)
 
 
 def work(given: argparse.Namespace) -> None:
     """One grid and seed: every variant, quantized and measured."""
     sys.path.insert(0, str(given.eval))
-    from cot_rows import final_rows
     from cot_rows import rows as cot_rows
 
     source = open_source(given.model)
     tokenizer = source.tokenizer()
-
-    def as_rows(made: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Rows:
-        ids, mask, following = made
-        return Rows(ids, following, mask.float())
-
     read = given.calibration in ("both", "solutions", "chat")
     train = as_rows(cot_rows(tokenizer, given.rows, 1, kind=given.calibration)) if read else None
-    tests = {"development": as_rows(cot_rows(tokenizer, 64, 2000))}
-    tests |= {f"final {kind}": as_rows(final_rows(tokenizer, kind)) for kind in ("both", "solutions", "chat")}
     skeleton = Skeleton(source, torch.device(given.device), torch.float32)
-    references = {name: outputs(skeleton, source, rows, batch=64) for name, rows in tests.items()}
+    measuring = Measuring(skeleton, source, cot_tests(tokenizer))
     (grid,), (seed,) = given.grids, given.seeds
     common = {"steps": 300, "rows": given.rows, "row_tokens": 256, "held_out": 16, "batch": 8, "scale_dtype": "float32"}
     machine = {"device": given.device, "compute_dtype": "float32", "seed": seed}
@@ -146,18 +112,12 @@ def work(given: argparse.Namespace) -> None:
                 row |= {"fitted_by": result.fitted_by, "held_out_kl": result.held_out_kl}
                 row |= {"bits_per_weight": result.report["bits_per_weight"]}
                 row |= {"polish": result.report["polish"] and result.report["polish"]["held_out"]}
-            figures = {}
-            for where, rows in tests.items():
-                measured = likelihood(outputs(skeleton, made, rows, batch=64), references[where], rows)
-                figures[where] = {**as_json(measured), "kl_by_row": measured.kl_by_row.tolist()}
+            figures = measuring(made)
             row |= {"figures": figures, "accuracy": problems.accuracy(made, skeleton.device, asked) if asked else None}
             found.append({**row, "seconds": round(time.monotonic() - began, 1)})
-            written = given.only.with_suffix(".new")
-            written.write_text(json.dumps(found))
-            written.replace(given.only)  # at once: the parent reads it meanwhile
-            kl = " ".join(f"{where} {f['kl']['mean']:.4f}" for where, f in figures.items())
+            save(given.only, found)
             right = " ".join(f"{kind} {sum(each) / len(each):.3f}" for kind, each in (row["accuracy"] or {}).items())
-            print(f"{grid} seed {seed} {name} ({found[-1]['seconds']} s): {kl} {right}", flush=True)
+            print(f"{grid} seed {seed} {name} ({found[-1]['seconds']} s): {kl_line(figures)} {right}", flush=True)
 
 
 def calibration(given: argparse.Namespace, prompts: Path) -> str:

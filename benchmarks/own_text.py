@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import Measuring, cot_tests, kl_line
 from problems import accuracy, usual
+from processes import about, save
 
 import logitwise
 from logitwise.calibration.generate import write_answers
 from logitwise.calibration.prompts import shipped_prompts
 from logitwise.calibration.rows import Rows, pack
-from logitwise.machine import versions
-from logitwise.measure.likelihood import as_json, likelihood, outputs
 from logitwise.recipe import parse_settings
 from logitwise.skeleton import Skeleton, load_whole
 from logitwise.source import Source, open_source
@@ -100,13 +100,8 @@ def prompts(folder: Path, count: int) -> list[str]:
 
 def quantize(source: Source, given: argparse.Namespace) -> None:
     """One recipe, from the rows to its figures."""
-    from cot_rows import final_rows
-    from cot_rows import rows as cot_rows
-
     own = read(given.rows_file)
-    tokenizer, device = source.tokenizer(), torch.device(given.device)
-    tests = {"development": cot_rows(tokenizer, 64, 2000)}
-    tests |= {f"final {kind}": final_rows(tokenizer, kind) for kind in ("both", "solutions", "chat")}
+    device = torch.device(given.device)
     base = {"bits": 2, "group_size": 64, "row_tokens": 256, "held_out": 64, "checks": 10}
     machine = {"device": given.device, "compute_dtype": "float32"}
     recipe = logitwise.Recipe.load(None, **{**base, **machine, **parse_settings(given.set)})
@@ -118,12 +113,8 @@ def quantize(source: Source, given: argparse.Namespace) -> None:
         result = logitwise.quantize(given.model, out, recipe, rows=own[-most:], run_folder=Path(temporary) / "run")
         seconds = round(time.monotonic() - began, 1)
         torch.set_float32_matmul_precision("highest")
-        made, skeleton, figures = open_source(out), Skeleton(source, device, torch.float32), {}
-        for where, (row_ids, mask, after) in tests.items():
-            rows = Rows(row_ids, after, mask.float())
-            student, teacher = (outputs(skeleton, of, rows, batch=64) for of in (made, source))
-            measured = likelihood(student, teacher, rows)
-            figures[where] = {**as_json(measured), "kl_by_row": measured.kl_by_row.tolist()}
+        made, skeleton = open_source(out), Skeleton(source, device, torch.float32)
+        figures = Measuring(skeleton, source, cot_tests(source.tokenizer()))(made)
         right = accuracy(made, device, usual(given.problems)) if given.problems else {}
     row = {
         "grid": "w2g64",
@@ -138,12 +129,10 @@ def quantize(source: Source, given: argparse.Namespace) -> None:
         "accuracy": right,
         "figures": figures,
     }
-    about = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "versions": versions()}
-    given.out.write_text(json.dumps({**about, "arguments": sys.argv[1:], "results": [row]}))
-    kl = " ".join(f"{where} {figure['kl']['mean']:.4f}" for where, figure in figures.items())
+    save(given.out, {**about(given.device), "results": [row]})
     share = " ".join(f"{task} {sum(each) / len(each):.3f}" for task, each in right.items())
-    last = result.report["windows"][-1]
-    print(f"{given.name} ({seconds} s): {kl} | {share} | held out {last['held_out'][0][1]:.4f} to {result.held_out_kl}")
+    first = result.report["windows"][-1]["held_out"][0][1]
+    print(f"{given.name} ({seconds} s): {kl_line(figures)} | {share} | held out {first:.4f} to {result.held_out_kl}")
 
 
 if __name__ == "__main__":

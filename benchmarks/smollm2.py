@@ -12,18 +12,17 @@ blocks. `benchmarks/tables.py` makes the tables.
 import argparse
 import gc
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
-from lfq_variants import VARIANTS, gather
+from lfq_variants import VARIANTS
+from measuring import Measuring
+from processes import each_grid_and_seed, save
 
 from logitwise import Recipe, quantize
 from logitwise.calibration import DOCUMENT_LEAST, prepare, separator_of
@@ -33,7 +32,6 @@ from logitwise.calibration.prompts import shipped_prompts
 from logitwise.calibration.rows import Rows, pack
 from logitwise.demo import smollm2
 from logitwise.machine import repeatable
-from logitwise.measure.likelihood import as_json, likelihood, outputs
 from logitwise.recipe import parse_settings
 from logitwise.runfolder import RunFolder, chain
 from logitwise.skeleton import Skeleton, load_whole
@@ -73,27 +71,13 @@ def main() -> None:
         with repeatable():  # a seed writes the same text for every grid
             work(given)
         return
-    began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         given.tests = given.tests or Path(temporary) / "tests"
         with repeatable():
             rows, answers = tests(given, open_source(given.model))
         length = mean(map(len, answers))
         print(f"{len(rows)} test rows, {rows.counted()} tokens; greedy answers of {length:.1f} tokens", flush=True)
-        waiting = list(product(given.seeds, given.grids))
-        running: list[subprocess.Popen[bytes]] = []
-        files: list[Path] = []
-        while waiting or any(process.poll() is None for process in running):
-            while waiting and sum(process.poll() is None for process in running) < given.jobs:
-                seed, grid = waiting.pop(0)
-                files.append(Path(temporary) / f"{grid}_{seed}.json")
-                own = ["--grids", grid, "--seeds", str(seed), "--tests", str(given.tests), "--only", str(files[-1])]
-                running.append(subprocess.Popen([sys.executable, *sys.argv, *own]))
-            time.sleep(2)
-            gather(files, given, time.monotonic() - began)
-        gather(files, given, time.monotonic() - began)
-    failed = sum(process.returncode != 0 for process in running)
-    raise SystemExit(f"{failed} of {len(running)} processes failed" if failed else 0)
+        each_grid_and_seed(given, "--tests", str(given.tests))
 
 
 def work(given: argparse.Namespace) -> None:
@@ -106,26 +90,23 @@ def work(given: argparse.Namespace) -> None:
     base = {**GRIDS[grid], **common, **machine, **parse_settings(given.set)}
     train = calibration(source, Recipe.load(None, **base))
     skeleton = Skeleton(source, torch.device(given.device), torch.float32)
-    reference = outputs(skeleton, source, rows, batch=64)
+    measuring = Measuring(skeleton, source, {"development": rows})
     found = []
     with tempfile.TemporaryDirectory() as temporary:
-        run, out, next_found = (Path(temporary) / name for name in ("run", "out", "found.json"))
+        run, out = Path(temporary) / "run", Path(temporary) / "out"
         for name in given.variants:
             began, recipe = time.monotonic(), Recipe.load(None, **{**base, **VARIANTS[name]})
             result = quantize(given.model, out, recipe, rows=train, run_folder=run, keep_run=True, overwrite=True)
             made = open_source(out)
-            measured = likelihood(outputs(skeleton, made, rows, batch=64), reference, rows)
             pairs = list(zip(answers, greedy_answers(made, source, given), strict=True))
             polish = result.report["polish"] and result.report["polish"]["held_out"]
             kl = {"held_out_kl": result.held_out_kl, "polish": polish, "fitted_by": result.fitted_by}
             bits = {"bits_per_weight": result.report["bits_per_weight"], "seconds": round(time.monotonic() - began, 1)}
             identical, first = [one == other for one, other in pairs], [first_different(*pair) for pair in pairs]
             greedy = {"greedy": {"first_different": first, "identical": identical}}
-            figures = {"development": {**as_json(measured), "kl_by_row": measured.kl_by_row.tolist()}}
             about = {"grid": grid, "seed": seed, "variant": name, "settings": given.set}
-            found.append({**about, **kl, **bits, **greedy, "figures": figures})
-            next_found.write_text(json.dumps(found))
-            next_found.replace(given.only)  # at once, since the parent may be reading it
+            found.append({**about, **kl, **bits, **greedy, "figures": measuring(made)})
+            save(given.only, found)
             print(line(found[-1]), flush=True)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import filterfalse, zip_longest
 
 import torch
 from torch import Tensor
@@ -254,20 +254,22 @@ class Walk:
             return None
         return (self._arriving(rows, before, calls) for rows in self.fresh)
 
+    @torch.no_grad()
     def _arriving(self, rows: Rows, before: list[Step], calls: list[Call]) -> Data:
         """What rows become: the student's hidden states after the blocks of `before`, the teacher's after all."""
         recipe, device = self.recipe, self.skeleton.device
         teacher = self.skeleton.embed(rows.ids, batch=self.at_once)
         student = teacher.clone()
-        for block in range(len(self.skeleton)):
+        for block, call in enumerate(calls):
             if block == len(before) and recipe.teacher_last == "quantized":
                 teacher = student.clone()
-            window = Window(self.skeleton, range(block, block + 1), calls, self.kept)
-            window.advance(teacher, {}, self.at_once)
+            weights = self.skeleton.load_block(block)
+            self.skeleton.advance(block, weights, teacher, call, self.at_once)
             if block < len(before):
-                codes = {slot: self.folder.load(before[block].key, recipe.grid, slot.name) for slot in window.slots}
-                weights = {slot: q.to(device).dequantize() for slot, q in codes.items()}
-                window.advance(student, weights, self.at_once)
+                for slot in filterfalse(self.kept, self.skeleton.slots(block)):
+                    codes = self.folder.load(before[block].key, recipe.grid, slot.name).to(device)
+                    weights[slot.key] = slot.put(codes.dequantize().to(self.skeleton.dtype))
+                self.skeleton.advance(block, weights, student, call, self.at_once)
         return Data(student, teacher, rows.weights.to(device), rows.following.to(device), len(rows), 0)
 
     def _cost_of_a_step(self, step: Step) -> float:

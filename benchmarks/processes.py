@@ -1,0 +1,56 @@
+"""One process for each grid and seed of a benchmark, and one file of all that they have found so far."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from logitwise.machine import versions
+
+
+def each_grid_and_seed(given: argparse.Namespace, *more: str) -> None:
+    """Starts this script again for each grid and seed with --only FILE, --jobs at a time; ends when all have.
+
+    `more` are arguments of theirs. What they write is gathered into --out all the while, so that a stop loses nothing.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        waiting = [(grid, seed) for seed in given.seeds for grid in given.grids]
+        running: list[subprocess.Popen[bytes]] = []
+        files: list[Path] = []
+        while waiting or any(process.poll() is None for process in running):
+            while waiting and sum(process.poll() is None for process in running) < given.jobs:
+                grid, seed = waiting.pop(0)
+                files.append(Path(temporary) / f"{grid}_{seed}.json")
+                own = ["--grids", grid, "--seeds", str(seed), *more, "--only", str(files[-1])]
+                running.append(subprocess.Popen([sys.executable, *sys.argv, *own]))
+            time.sleep(2)
+            gather(files, given, time.monotonic() - began)
+        gather(files, given, time.monotonic() - began)
+    failed = sum(process.returncode != 0 for process in running)
+    raise SystemExit(f"{failed} of {len(running)} processes failed" if failed else 0)
+
+
+def gather(files: list[Path], given: argparse.Namespace, seconds: float) -> None:
+    """Everything found so far, into --out."""
+    found = [row for file in files if file.exists() for row in json.loads(file.read_text())]
+    save(given.out, {**about(given.device), "seconds": round(seconds), "results": found})
+
+
+def about(device: str) -> dict[str, Any]:
+    """Where figures are from: device, versions, arguments."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+    return {"device": name, "versions": versions(), "arguments": sys.argv[1:]}
+
+
+def save(file: Path, found: Any) -> None:
+    """JSON that appears at once, since another process may be reading it."""
+    written = file.with_name(f"{file.name}.new")
+    written.write_text(json.dumps(found))
+    written.replace(file)
