@@ -35,6 +35,7 @@ GRIDS: dict[str, dict[str, Any]] = {
 FITS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "objective": "mse"},
     "mse": {"objective": "mse"},
+    "mse, last 600 steps": {"objective": "mse", "steps_last": 600},
     "logit_mse": {"objective": "logit_mse"},
     "hard_labels": {"objective": "hard_labels"},
     "lfq": {},
@@ -50,7 +51,11 @@ FITS: dict[str, dict[str, Any]] = {
 KINDS = ("both", "solutions", "chat", "wikitext", "own", "own-tasks")
 VARIANTS = FITS | {f"{name}+polish": {**settings, "polish": True} for name, settings in FITS.items()}
 FULL = "full precision"
-DEFAULT = [f"{name}{end}" for name in list(FITS)[:7] for end in ("", "+polish")]
+DEFAULT = [
+    f"{name}{end}"
+    for name in ("rtn", "mse", "logit_mse", "hard_labels", "lfq", "lfq K=2", "lfq K=4")
+    for end in ("", "+polish")
+]
 
 
 def main() -> None:

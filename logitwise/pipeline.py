@@ -22,7 +22,7 @@ from logitwise.polish import POLISHED, Polish, Polished
 from logitwise.preflight import Job, check
 from logitwise.quantizers import QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe
-from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain, digest_of
+from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain
 from logitwise.skeleton import Slot, load_whole
 from logitwise.stream import NUMERICS, Step, Walk, plan_steps
 from logitwise.watch import SILENT, Watcher
@@ -149,8 +149,12 @@ def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, 
     last = recipe.rows_last and min(recipe.rows_last, most)
     fewer = recipe.but(rows=min(recipe.rows, most), rows_last=last)
     both = Rows.join([data.train[:most], data.held_out])
-    root = chain(root, rows=digest_of(both.ids, both.following, both.weights), held_out=len(data.held_out))
-    steps = plan_steps(fewer, len(job.skeleton), root)
+
+    @cache
+    def digest(count: int) -> str:
+        return chain(data.train[:count].digest(), held_out=data.held_out.digest())
+
+    steps = plan_steps(fewer, len(job.skeleton), root, digest)
     fresh = _fresh(job, recipe, recipe.batch_last or recipe.batch) if recipe.fresh_last else None
     Walk(job.skeleton, fewer, both, len(data.held_out), folder, job.kept, fresh).run(steps, watcher)
     if recipe.fresh_last:
@@ -193,8 +197,7 @@ def _polish(
     asked = recipe.model_dump(include={"polish_steps", "polish_batch", "batch", "checks", "seed", "polish_fresh"})
     if recipe.polish_fresh:
         asked |= recipe.model_dump(include={"calibration", "temperature"})
-    digest = digest_of(rows.ids, rows.following, rows.weights)
-    key = chain("polish", made_by=made_by, rows=digest, held_out=len(data.held_out), learning=learning, **asked)
+    key = chain("polish", made_by=made_by, rows=rows.digest(), held_out=len(data.held_out), learning=learning, **asked)
     if not folder.has(key):
         with watcher.stage("Polishing all scales", recipe.polish_steps) as stage:
             polish = Polish(job.skeleton, recipe, rows, len(data.held_out), codes, job.kept)

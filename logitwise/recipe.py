@@ -96,7 +96,7 @@ class Recipe(_Frozen):
     row_tokens: int = Field(512, ge=8, description="tokens a row")
     held_out: int | None = Field(None, ge=0, description="rows that choose; None: an eighth, at least 16; 0: none")
     steps: int = Field(300, ge=0, description="optimiser steps a block")
-    steps_last: int | None = Field(None, ge=0, description="steps of the final blocks, MSE too; None: as `steps`")
+    steps_last: int | None = Field(None, ge=0, description="steps of the final blocks; None: as `steps`")
     batch: int = Field(8, ge=1, description="rows a step")
     fresh_last: bool = Field(
         False, description="write new rows while the final blocks are fitted, until held-out KL is flat"

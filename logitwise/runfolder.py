@@ -146,11 +146,3 @@ class RunFolder:
                 str(error),
                 "free some disk and run the same command again: finished blocks are kept",
             ) from error
-
-
-def digest_of(*tensors: Tensor) -> str:
-    """A hash of tensors' bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]

@@ -64,8 +64,15 @@ class Step:
         return f"block {last}" if first == last else f"blocks {first} to {last}"
 
 
-def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
-    """The windows of a run in order; `root` is the key of what all depend on (model, rows, versions).
+def plan_steps(recipe: Recipe, depth: int, root: str, digest: Callable[[int], str] = str) -> list[Step]:
+    """The windows of a run in order.
+
+    Args:
+        root: the key of what all depend on (model, versions).
+        digest: of the first so many rows and of those held out.
+
+    The final blocks' MSE fits have the steps, rows and batch of the final blocks where they are what the objective's
+    fit is held against, and those of the other blocks where they are only what it starts from.
 
     Errors: RecipeError where more final blocks are asked for than the model has.
     """
@@ -83,13 +90,13 @@ def plan_steps(recipe: Recipe, depth: int, root: str) -> list[Step]:
     def step(
         blocks: range, objective: str, previous: str, refit: bool, starts: tuple[str | None, ...], keeps_state: bool
     ) -> Step:
-        last = blocks[0] >= fork
+        last = refit or (blocks[0] >= fork and recipe.start_last == "start")
         length = recipe.steps_last if last and recipe.steps_last is not None else recipe.steps
         batch = (last and recipe.batch_last) or recipe.batch
         train = (last and recipe.rows_last) or recipe.rows
         learning = {role: vars(recipe.learning_of(role, refit)) for role in roles}
         own = dict(blocks=[blocks[0], blocks[-1]], objective=objective, steps=length, batch=batch, rows=train)
-        own |= dict(learning=learning, starts=starts, keeps_state=keeps_state)
+        own |= dict(digest=digest(train), learning=learning, starts=starts, keeps_state=keeps_state)
         if refit:
             own |= dict(settings=recipe.objective_settings, teacher=recipe.teacher_last, choose=recipe.choose_last)
             own |= dict(fresh=recipe.fresh_last and [recipe.calibration, recipe.temperature])

@@ -353,6 +353,25 @@ def test_all_blocks_may_be_final(folder: Path, text: Path, tmp_path: Path) -> No
     assert [window["blocks"] for window in result.report["windows"]] == [[0, 0], [1, 1], [0, 1]]
 
 
+@pytest.mark.parametrize(("start_last", "expected"), [("start", [6, 9, 9, 9]), ("mse", [6, 6, 6, 9])])
+def test_an_mse_fit_is_as_long_as_what_it_is_held_against_and_short_where_it_is_a_start(
+    start_last: str, expected: list[int]
+) -> None:
+    made = logitwise.Recipe.load(None, steps=6, steps_last=9, final_blocks=2, start_last=start_last)
+    assert [step.steps for step in plan_steps(made, 3, "root")] == expected
+
+
+def test_more_rows_for_the_final_block_leave_the_blocks_before_as_they_are(
+    folder: Path, text: Path, tmp_path: Path
+) -> None:
+    listener = Listener()
+    place = {"run_folder": tmp_path / "run", "keep_run": True}
+    few = recipe(text, start_last="mse", rows=8, rows_last=16)
+    logitwise.quantize(folder, tmp_path / "few", few, **place)
+    logitwise.quantize(folder, tmp_path / "more", few.but(rows_last=12), watcher=listener, **place)
+    assert "2 of 3 fits were finished before" in listener.said
+
+
 def test_a_polish_that_gains_nothing_leaves_the_scales_and_says_so(folder: Path, text: Path, tmp_path: Path) -> None:
     listener = Listener()
     wild = {role: {"optimizer": "adam", "rate": 3.0, "schedule": "cosine"} for role in ("scale", "vector")}

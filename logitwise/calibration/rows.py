@@ -4,6 +4,7 @@ Documents are packed one after another with a separator and cut into rows of equ
 next row; none is dropped, only what is left after the last whole row.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -50,6 +51,13 @@ class Rows:
     def counted(self) -> int:
         """How many predictions count."""
         return int((self.weights > 0).sum())
+
+    def digest(self) -> str:
+        """A hash of everything in them."""
+        found = hashlib.sha256()
+        for tensor in (self.ids, self.following, self.weights):
+            found.update(tensor.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:32]
 
     @staticmethod
     def join(parts: "list[Rows]") -> "Rows":
