@@ -113,7 +113,7 @@ def write(source: Source, given: argparse.Namespace) -> None:
     rows = pack(documents, tokenizer.bos_token_id, 256)[: given.make]
     seconds = time.monotonic() - began
     text = torch.cat([rows.ids.flatten(), rows.following[-1, -1:]]).to(torch.int16)  # rows follow on each other
-    np.savez(given.text[0], text=text.numpy(), counts=np.packbits(rows.weights.numpy() > 0))
+    np.savez_compressed(given.text[0], text=text.numpy(), counts=np.packbits(rows.weights.numpy() > 0))
     print(f"{len(rows)} rows, {rows.counted():,} tokens counted, {rows.ids.numel() / seconds:,.0f} tokens/s")
 
 

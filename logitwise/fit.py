@@ -10,6 +10,7 @@ from torch import Tensor
 
 from logitwise.descent import Course, Schedule, descend, row_order
 from logitwise.errors import MachineError
+from logitwise.fused import learned_weight
 from logitwise.grid import Grid, Quantized
 from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.objectives import Objective, Taps
@@ -59,7 +60,11 @@ class Window:
 
         def block_of(block: int) -> LearnableBlock:
             own = {slot: quantizer for slot, quantizer in quantizers.items() if slot.block == block}
-            return LearnableBlock(lambda hidden: self._run(block, hidden, weights_of(own, now)), list(own.values()))
+
+            def run(hidden: Tensor) -> Tensor:
+                return self._run(block, hidden, {slot: learned_weight(q, now) for slot, q in own.items()})
+
+            return LearnableBlock(run, list(own.values()))
 
         weights = sum(slot.out_features * slot.in_features for slot in quantizers)
         may_record = not any(quantizer.reads_progress for quantizer in quantizers.values())

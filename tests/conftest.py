@@ -1,8 +1,32 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter, which must be asked for before triton is imported."""
+"""What all tests need.
+
+Where there is no GPU, Triton's kernels run in its interpreter, which must be asked for before triton is imported.
+"""
 
 import os
 
+import jaxtyping
+import pytest
 import torch
+from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def compiled_without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's compiler cannot trace the checks of types, so what it compiles goes without them."""
+    from logitwise import fused  # not above: types are checked only of what is imported after this file
+
+    checked = fused.compiled_weight
+
+    def unchecked(quantizer: torch.nn.Module) -> Tensor:
+        before = jaxtyping.config.jaxtyping_disable
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            return checked(quantizer)
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", before)
+
+    monkeypatch.setattr(fused, "compiled_weight", unchecked)
