@@ -19,7 +19,7 @@ from typing import Any
 import problems
 import torch
 from measuring import Measuring, as_rows, cot_tests, kl_line
-from processes import each_grid_and_seed, save
+from processes import each_grid_and_seed, empty, save
 
 import logitwise
 from logitwise.recipe import parse_settings
@@ -117,6 +117,7 @@ def work(given: argparse.Namespace) -> None:
                 row |= {"fitted_by": result.fitted_by, "held_out_kl": result.held_out_kl}
                 row |= {"bits_per_weight": result.report["bits_per_weight"]}
                 row |= {"polish": result.report["polish"] and result.report["polish"]["held_out"]}
+            empty()  # other processes may need what this fit had
             figures = measuring(made)
             row |= {"figures": figures, "accuracy": problems.accuracy(made, skeleton.device, asked) if asked else None}
             found.append({**row, "seconds": round(time.monotonic() - began, 1)})

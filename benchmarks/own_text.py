@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from measuring import Measuring, cot_tests, kl_line
 from problems import accuracy, usual
-from processes import about, save
+from processes import about, empty, save
 
 import logitwise
 from logitwise.calibration.generate import write_answers
@@ -161,6 +161,7 @@ def quantize(source: Source, given: argparse.Namespace) -> None:
             seconds = round(time.monotonic() - began, 1)
             torch.set_float32_matmul_precision("highest")
             made = open_source(out)
+            empty()  # other processes may need what this fit had
             figures = measuring(made)
             right = accuracy(made, device, usual(given.problems)) if given.problems else {}
             row = {

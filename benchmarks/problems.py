@@ -9,6 +9,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from processes import alone
 
 from logitwise.calibration.chat import prompt_ids
 from logitwise.calibration.generate import Sampler, answer, end_ids
@@ -59,10 +60,12 @@ def accuracy(source: Source, device: torch.device, problems: list[tuple[str, Any
     """By kind, whether each problem was answered right, by greedy decoding."""
     import cot_tasks
 
-    tokenizer, model = source.tokenizer(), load_whole(source, device, torch.float32)
+    tokenizer, greedy = source.tokenizer(), Sampler(0, torch.Generator())
     prompts = [prompt_ids(tokenizer, problem.prompt) for _, problem in problems]
-    greedy = Sampler(0, torch.Generator())
-    answers = answer(model, prompts, end_ids(model, tokenizer), ANSWER_TOKENS, 10**9, greedy)
+    with alone():
+        model = load_whole(source, device, torch.float32)
+        answers = answer(model, prompts, end_ids(model, tokenizer), ANSWER_TOKENS, 10**9, greedy)
+        del model
     right: dict[str, list[int]] = defaultdict(list)
     for (kind, problem), ids in zip(problems, answers, strict=True):
         right[kind].append(int(cot_tasks.grade(problem, tokenizer.decode(ids, skip_special_tokens=True))))

@@ -1,11 +1,15 @@
 """One process for each grid and seed of a benchmark, and one file of all that they have found so far."""
 
 import argparse
+import fcntl
+import gc
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,22 @@ def each_grid_and_seed(given: argparse.Namespace, *more: str) -> None:
         gather(files, given, time.monotonic() - began)
     failed = sum(process.returncode != 0 for process in running)
     raise SystemExit(f"{failed} of {len(running)} processes failed" if failed else 0)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time: for what takes much of the memory of a GPU that processes share, which it gets back."""
+    with (Path(tempfile.gettempdir()) / "logitwise-benchmarks.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        empty()
+        yield
+        empty()
+
+
+def empty() -> None:
+    """Gives memory back that nothing uses."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def gather(files: list[Path], given: argparse.Namespace, seconds: float) -> None:

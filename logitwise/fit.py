@@ -10,7 +10,7 @@ from torch import Tensor
 
 from logitwise.descent import Course, Schedule, descend, row_order
 from logitwise.errors import MachineError
-from logitwise.fused import learned_weight
+from logitwise.fused import compiled_weight
 from logitwise.grid import Grid, Quantized
 from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.objectives import Objective, Taps
@@ -27,10 +27,18 @@ class Window:
         blocks: which.
         calls: how each block of the model is called.
         kept: slots that stay in full precision.
+        compiled: whether weights that do not depend on how far the fit is are compiled while it goes on.
     """
 
-    def __init__(self, skeleton: Skeleton, blocks: range, calls: list[Call], kept: Callable[[Slot], bool]) -> None:
-        self.skeleton, self.blocks, self.calls = skeleton, blocks, calls
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        blocks: range,
+        calls: list[Call],
+        kept: Callable[[Slot], bool],
+        compiled: bool = False,
+    ) -> None:
+        self.skeleton, self.blocks, self.calls, self.compiled = skeleton, blocks, calls, compiled
         self.weights = {block: skeleton.load_block(block, dtype=torch.float32) for block in blocks}
         self.slots = [slot for block in blocks for slot in skeleton.slots(block) if not kept(slot)]
 
@@ -57,18 +65,19 @@ class Window:
     def learn(self, quantizers: Mapping[Slot, Quantizer]) -> Callable[[Tensor, float], Tensor]:
         """The window with the quantizers' weights, to go backward through: (hidden states, progress) -> its output."""
         now = 0.0
+        constant = not any(quantizer.reads_progress for quantizer in quantizers.values())
+        compiled = self.compiled and constant
 
         def block_of(block: int) -> LearnableBlock:
             own = {slot: quantizer for slot, quantizer in quantizers.items() if slot.block == block}
 
             def run(hidden: Tensor) -> Tensor:
-                return self._run(block, hidden, {slot: learned_weight(q, now) for slot, q in own.items()})
+                return self._run(block, hidden, compiled_weights_of(own) if compiled else weights_of(own, now))
 
             return LearnableBlock(run, list(own.values()))
 
         weights = sum(slot.out_features * slot.in_features for slot in quantizers)
-        may_record = not any(quantizer.reads_progress for quantizer in quantizers.values())
-        blocks = LearnableBlocks([block_of(block) for block in self.blocks], weights, may_record)
+        blocks = LearnableBlocks([block_of(block) for block in self.blocks], weights, may_record=constant)
 
         def forward(hidden: Tensor, progress: float) -> Tensor:
             nonlocal now
@@ -191,6 +200,11 @@ def fit(
 def weights_of(quantizers: Mapping[Slot, Quantizer], progress: float) -> dict[Slot, Tensor]:
     """The weights that the quantizers stand for at a point of the fit."""
     return {slot: quantizer(progress) for slot, quantizer in quantizers.items()}
+
+
+def compiled_weights_of(quantizers: Mapping[Slot, Quantizer]) -> dict[Slot, Tensor]:
+    """The same, compiled, at any point of the fit."""
+    return {slot: compiled_weight(quantizer) for slot, quantizer in quantizers.items()}
 
 
 @torch.no_grad()

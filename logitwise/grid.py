@@ -104,12 +104,24 @@ def round_through(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return rounded
 
 
+@torch.library.custom_op("logitwise::stored", mutates_args=())
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to a type and back: closed to torch's compiler, which would leave both casts out."""
+    return x.to(dtype).to(x.dtype, copy=True)
+
+
+@_stored.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x)
+
+
 class _Store(torch.autograd.Function):
     """Round to a storage type and back; gradients pass unchanged."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.to(dtype).to(x.dtype)
+        stored: Tensor = _stored(x, dtype)
+        return stored
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:

@@ -21,6 +21,7 @@ from logitwise.calibration.rows import Rows
 from logitwise.descent import Schedule
 from logitwise.errors import RecipeError
 from logitwise.fit import Data, Fitted, Window, fit, measure
+from logitwise.fused import pays
 from logitwise.grid import Quantized
 from logitwise.objectives import OBJECTIVES
 from logitwise.quantizers import QUANTIZERS, STARTS
@@ -168,6 +169,7 @@ class Walk:
     def run(self, steps: list[Step], watcher: Watcher) -> None:
         """Fits every step that is not finished; afterwards the run folder has them all."""
         missing = [step for step in steps if not self.folder.has(step.key)]
+        compiled = self.skeleton.device.type == "cuda" and pays(*self._learned(steps))
         if not missing:
             watcher.say(f"all {len(steps)} fits were finished before")
             return
@@ -183,7 +185,7 @@ class Walk:
             for step in steps[:depth]:
                 if step.blocks[0] == fork:
                     at_fork = student.clone() if fork < depth - 1 else student
-                window = Window(self.skeleton, step.blocks, calls, self.kept)
+                window = Window(self.skeleton, step.blocks, calls, self.kept, compiled)
                 window.advance(teacher, {}, self.at_once)
                 if step.blocks[-1] == depth - 1:
                     head = self.skeleton.head()
@@ -193,7 +195,7 @@ class Walk:
                     window.advance(student, weights, self.at_once)
             student = at_fork  # those at the end are not read any more
             for step, following in zip_longest(refit, refit[1:]):
-                window = Window(self.skeleton, step.blocks, calls, self.kept)
+                window = Window(self.skeleton, step.blocks, calls, self.kept, compiled)
                 fresh = self._fresh_data(steps[:fork], calls)
                 quantized = self._finish(step, window, at_fork, teacher, head, stage, watcher, fresh)
                 if following is not None:  # the window shrinks: its first block stays as it is now
@@ -278,6 +280,16 @@ class Walk:
                     weights[slot.key] = slot.put(codes.dequantize().to(self.skeleton.dtype))
                 self.skeleton.advance(block, weights, student, call, self.at_once)
         return Data(student, teacher, rows.weights.to(device), rows.following.to(device), len(rows), 0)
+
+    def _learned(self, steps: list[Step]) -> tuple[int, int]:
+        """How often a matrix is learned from in all steps, and how often a weight; the same when a run is resumed."""
+        matrices = weights = 0
+        for step in steps:
+            for block in step.blocks:
+                for slot in self.skeleton.slots(block):
+                    matrices += step.steps
+                    weights += step.steps * slot.out_features * slot.in_features
+        return matrices, weights
 
     def _cost_of_a_step(self, step: Step) -> float:
         return step.batch * 3e-6 * self._parameters(step)

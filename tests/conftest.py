@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def compiled_without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's compiler cannot trace the checks of types, so what it compiles goes without them."""
-    from logitwise import fused  # not above: types are checked only of what is imported after this file
+    from logitwise import fit, fused  # not above: types are checked only of what is imported after this file
 
     checked = fused.compiled_weight
 
@@ -30,3 +30,4 @@ def compiled_without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
             jaxtyping.config.update("jaxtyping_disable", before)
 
     monkeypatch.setattr(fused, "compiled_weight", unchecked)
+    monkeypatch.setattr(fit, "compiled_weight", unchecked)

