@@ -172,8 +172,8 @@ def quantize(source: Source, given: argparse.Namespace) -> None:
                 "seconds": seconds,
                 "fitted_by": result.fitted_by,
                 "held_out_kl": result.held_out_kl,
-                "windows": result.report["windows"],
-                "polish": result.report["polish"],
+                "windows": [without_losses(window) for window in result.report["windows"]],
+                "polish": result.report["polish"] and without_losses(result.report["polish"]),
                 "bits_per_weight": result.report["bits_per_weight"],
                 "accuracy": right,
                 "figures": figures,
@@ -183,6 +183,11 @@ def quantize(source: Source, given: argparse.Namespace) -> None:
             share = " ".join(f"{task} {sum(each) / len(each):.3f}" for task, each in right.items())
             kl = {objective: round(value, 4) for objective, value in result.held_out_kl.items()}
             print(f"{name} ({seconds} s): {kl_line(figures)} | {share} | held out {kl}", flush=True)
+
+
+def without_losses(record: dict[str, Any]) -> dict[str, Any]:
+    """A fit's figures without the loss of every step."""
+    return {name: value for name, value in record.items() if name != "losses"}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The pictures of docs/lfq.md.
+"""The pictures of docs/.
 
 python benchmarks/pictures.py --out docs/pictures --results docs/results/lfq_variants_w2_h100.json
-    docs/results/lfq_whole_w2g64_h100.json docs/results/own_text_h100.json
+    docs/results/lfq_whole_w2g64_h100.json --own-text docs/results/own_text_h100.json
 """
 
 import argparse
@@ -22,24 +22,31 @@ NAMES = {
     "hard_labels": "hard\nlabels",
     "lfq": "LFQ",
     "lfq K=12 from mse": "LFQ of all\nblocks",
-    "own text, 4,000 steps, rate .004": "the same, on\n3.3M tokens of\nits own text",
+    "usual": "the same, on\n3.3M tokens of\nits own text",
+}
+PANELS = {  # of a factor: what it is called, what is shown of a value, how that is written
+    "rows_last": ("tokens of its own text", lambda rows: rows * 199, lambda x: f"{x / 1e6:.2g}M"),  # 199 of 256 count
+    "final_blocks": ("blocks learned together", lambda blocks: blocks, lambda x: f"{x:.0f}"),
+    "rate": ("rate of the rounding", lambda rate: rate, lambda x: f"{x:g}"),
 }
 PLAIN, POLISHED, INK = "#9aa5b1", "#1f77b4", "#30363d"
 
 
 def main() -> None:
-    """Draws both."""
+    """Draws them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, nargs="+", required=True)
+    parser.add_argument("--own-text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--grid", default="w2g64")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    results = [row for file in given.results for row in json.loads(file.read_text())["results"]]
+    own = json.loads(given.own_text.read_text())["results"]
     variants(
-        [row for file in given.results for row in json.loads(file.read_text())["results"]],
-        given.grid,
-        given.out / "variants.svg",
+        results + [row for row in own if row["variant"].startswith("usual")], given.grid, given.out / "variants.svg"
     )
+    factors(own, given.out / "factors.svg")
     path(given.out / "lfq.svg")
 
 
@@ -64,6 +71,36 @@ def variants(results: list[dict], grid: str, out: Path) -> None:
     axes.legend(handles, ["last block fitted so", "then all scales polished"], frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, out)
+
+
+def factors(results: list[dict], out: Path) -> None:
+    """KL where one factor is other than usual; beside that of MSE in each block."""
+    from own_text import USUAL
+
+    usual = {"rate": USUAL["learning_last"]["rounding"]["rate"]} | USUAL
+    kl = {row["variant"]: row["figures"]["development"]["kl"]["mean"] for row in results if row["seed"] == 0}
+    figure, every = plt.subplots(1, len(PANELS), figsize=(10, 2.8), sharey=True)
+    for axes, (key, (title, shown, written)) in zip(every, PANELS.items(), strict=True):
+        points = {float(name.split("=")[1]): value for name, value in kl.items() if is_value(name, key)}
+        points = dict(sorted((points | {float(usual[key]): kl["usual"]}).items()))
+        places = [shown(value) for value in points]
+        axes.plot(places, list(points.values()), "o-", color=POLISHED, markersize=4)
+        axes.plot([shown(usual[key])], [kl["usual"]], "o", color=INK, markersize=6)
+        axes.set(xscale="log", ylim=(0, 0.25))
+        axes.set_xlabel(title, fontsize=9)
+        axes.set_xticks(places, [written(place) for place in places], fontsize=8)
+        axes.set_xticks([], minor=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        for name, text in (("mse", "each block by MSE, .1M tokens"), ("mse, all text", "by MSE, 3.3M tokens")):
+            axes.axhline(kl[name], color=PLAIN, linestyle=":", linewidth=1)
+            axes.text(1, kl[name], text, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=7)
+    every[0].set_ylabel("KL to full precision,\nnats a token")
+    save(figure, out)
+
+
+def is_value(name: str, key: str) -> bool:
+    """Whether a variant is other than usual in this one factor alone."""
+    return name.startswith(f"{key}=") and name.removeprefix(f"{key}=").replace(".", "").isdecimal()
 
 
 def path(out: Path) -> None:

@@ -27,7 +27,9 @@ def main() -> None:
     for file in given.files:
         for row in json.loads(file.read_text())["results"]:
             own = {"accuracy": row.get("accuracy"), "fell_back": fell_back(row)}
-            grids[row["grid"]][row["variant"]][row["seed"]] = {**row["figures"][given.where], **own}
+            kind = row.get("calibration", "both")
+            grid = row["grid"] if kind == "both" else f"{row['grid']}, calibrated on {kind}"
+            grids[grid][row["variant"]][row["seed"]] = {**row["figures"][given.where], **own}
     for grid, variants in grids.items():
         print(f"\n{grid}, {given.where} rows\n")
         asked = any(found["accuracy"] for by_seed in variants.values() for found in by_seed.values())
