@@ -178,9 +178,11 @@ class Optimizers:
 def rate_at(learning: Learning, step: int, steps: int) -> float:
     """The learning rate of a step, the first being step 0."""
     rate = learning.rate / (steps if learning.per == "fit" else 1)
-    if learning.schedule == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-    return rate * (1 - step / steps)
+    if learning.schedule == "constant":
+        return rate
+    done = step / steps
+    fallen = 0.5 * (1 - math.cos(math.pi * done)) if learning.schedule == "cosine" else done
+    return rate * (1 - (1 - learning.end) * fallen)
 
 
 def _held_rate(learning: Learning, steps: int, share: float) -> float:

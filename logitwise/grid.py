@@ -134,6 +134,24 @@ def store_through(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, 
     return stored
 
 
+class _Clamp(torch.autograd.Function):
+    """Clamp whose gradient is one everywhere."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, low: float, high: float) -> Tensor:
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
+
+
+def clamp_through(x: Float[Tensor, "..."], low: float, high: float) -> Float[Tensor, "..."]:
+    """`x` within bounds; gradients pass unchanged, also outside of them."""
+    clamped: Tensor = _Clamp.apply(x, low, high)  # type: ignore[no-untyped-call]
+    return clamped
+
+
 def codes_of(
     weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"], zero: Float[Tensor, "out groups"], grid: Grid
 ) -> Float[Tensor, "out in"]:

@@ -54,7 +54,8 @@ class Learning(_Frozen):
     optimizer: Literal["adam", "sign_sgd"]
     rate: float = Field(gt=0, description="learning rate at the first step, of `per`")
     per: Literal["step", "fit"] = Field("step", description="'fit': the rate is divided by the number of steps")
-    schedule: Literal["cosine", "linear"]
+    schedule: Literal["cosine", "linear", "constant"]
+    end: float = Field(0, ge=0, le=1, description="share of the rate that a schedule falls to")
 
 
 class Recipe(_Frozen):

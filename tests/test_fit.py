@@ -8,7 +8,7 @@ import torch
 from helpers import VOCABULARY, MemorySource, tiny_model
 from torch import Tensor, nn
 
-from logitwise.descent import Schedule, SignSGD
+from logitwise.descent import Schedule, SignSGD, rate_at
 from logitwise.errors import MachineError
 from logitwise.fit import Data, Fitted, Window, fit, measure, weights_of
 from logitwise.grid import Grid, Quantized, freeze
@@ -67,7 +67,9 @@ def test_the_held_out_measure_falls_and_the_best_iterate_is_stored(
     measures = dict(fitted.course.held_out)
     assert list(measures) == [0, 6, 12, 18, 24, 30]
     assert len(fitted.course.losses) == 30
-    assert measures[fitted.course.kept] == min(measures.values()) < 0.97 * measures[0]
+    # Ranges alone can do less than rounding.
+    share = 0.99 if method == "lwc" else 0.97
+    assert measures[fitted.course.kept] == min(measures.values()) < share * measures[0]
     weights = {slot: q.dequantize() for slot, q in fitted.quantized.items()}
     again = measure(last_window(skeleton), weights, OBJECTIVES[objective](), skeleton.head(), data, 4)
     assert again == measures[fitted.course.kept]
@@ -226,7 +228,15 @@ def learning(optimizer: str = "sign_sgd", rate: float = 0.1, per: str = "step", 
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: 1 - share,
     "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+    "constant": lambda share: 1.0,
 }
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("linear", 0.55), ("cosine", 0.55), ("constant", 1.0)])
+def test_a_schedule_falls_to_the_share_that_is_asked(schedule: str, expected: float) -> None:
+    asked = Learning.model_validate({"optimizer": "adam", "rate": 2.0, "schedule": schedule, "end": 0.1})
+    assert [rate_at(asked, step, 10) for step in (0, 5)] == pytest.approx([2.0, 2 * expected])
+    assert rate_at(asked, 10, 10) == pytest.approx(2.0 if schedule == "constant" else 0.2)
 
 
 @pytest.mark.parametrize("per", ["step", "fit"])

@@ -1,11 +1,21 @@
 """The methods: one file each, one interface (`base.Quantizer`)."""
 
 from logitwise.quantizers.base import Quantizer, Role
+from logitwise.quantizers.block_ap import BlockAP
 from logitwise.quantizers.flexround import FlexRound
+from logitwise.quantizers.lrq import LowRank
+from logitwise.quantizers.lwc import LearnableClipping
 from logitwise.quantizers.rtn import RoundToNearest
 from logitwise.quantizers.signround import SignRound
 from logitwise.quantizers.starts import STARTS, Start
 
-QUANTIZERS: dict[str, type[Quantizer]] = {"flexround": FlexRound, "rtn": RoundToNearest, "signround": SignRound}
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "block_ap": BlockAP,
+    "flexround": FlexRound,
+    "lrq": LowRank,
+    "lwc": LearnableClipping,
+    "rtn": RoundToNearest,
+    "signround": SignRound,
+}
 
 __all__ = ["QUANTIZERS", "STARTS", "Quantizer", "Role", "Start"]

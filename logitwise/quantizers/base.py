@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from logitwise.grid import Grid, Quantized
 from logitwise.quantizers.starts import Start
 
-Role = Literal["scale", "rounding", "range"]
+Role = Literal["scale", "zero", "weight", "rounding", "range"]
 """What a learned parameter is for; the recipe gives each role its optimiser and rate."""
 
 

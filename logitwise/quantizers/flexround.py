@@ -8,6 +8,7 @@ extension: the authors' code is per channel.
 """
 
 import math
+from abc import abstractmethod
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,8 @@ from logitwise.quantizers.base import Quantizer, Role
 from logitwise.quantizers.starts import Start, start_grid
 
 
-class FlexRound(Quantizer):
-    """One weight under FlexRound.
+class DividedRounding(Quantizer):
+    """One weight, each of whose elements is divided by a learned factor before it is rounded.
 
     Args:
         weight: float32 [out, in].
@@ -36,12 +37,14 @@ class FlexRound(Quantizer):
         self.register_buffer("weight", weight)
         self.register_buffer("zero", zero)
         self.log_scale = nn.Parameter(scale.log())
-        self.log_divisor = nn.Parameter(torch.zeros_like(weight))
-        self.log_row_divisor = nn.Parameter(torch.zeros_like(weight[:, :1]))
 
     @classmethod
-    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "FlexRound":
+    def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "DividedRounding":
         return cls(weight, *start_grid(weight, grid, start), grid)
+
+    @abstractmethod
+    def log_divisor_of_weights(self) -> Float[Tensor, "out in"]:
+        """The logarithm of what divides each weight, beside the scale."""
 
     def forward(self, progress: float) -> Float[Tensor, "out in"]:
         scale = self._scale()
@@ -53,7 +56,7 @@ class FlexRound(Quantizer):
     def _integers(self, scale: Float[Tensor, "out groups 1"]) -> Float[Tensor, "out groups size"]:
         """Codes less their zero point."""
         groups = self.zero.shape[1]
-        divisor = scale * split((self.log_divisor + self.log_row_divisor).exp(), groups)
+        divisor = scale * split(self.log_divisor_of_weights().exp(), groups)
         zero = self.zero.unsqueeze(-1)
         return torch.clamp(round_through(split(self.weight, groups) / divisor), -zero, self.grid.levels - zero)
 
@@ -63,11 +66,28 @@ class FlexRound(Quantizer):
         codes = self._integers(scale) + self.zero.unsqueeze(-1)
         return freeze(merge(codes), scale.squeeze(-1), self.zero, self.grid)
 
-    def groups(self) -> dict[Role, list[nn.Parameter]]:
-        return {"scale": [self.log_scale], "rounding": [self.log_divisor, self.log_row_divisor]}
-
     @torch.no_grad()
     def after_step(self) -> None:
         # A scale that its stored type rounds to zero or infinity would make weights that are not numbers.
         stored = torch.finfo(self.grid.scale_dtype)
         self.log_scale.clamp_(math.log(stored.smallest_normal * stored.eps), math.log(stored.max))
+
+
+class FlexRound(DividedRounding):
+    """One weight under FlexRound.
+
+    Args:
+        weight: float32 [out, in].
+        scale, zero: where the fit starts, float32 [out, groups].
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> None:
+        super().__init__(weight, scale, zero, grid)
+        self.log_divisor = nn.Parameter(torch.zeros_like(weight))
+        self.log_row_divisor = nn.Parameter(torch.zeros_like(weight[:, :1]))
+
+    def log_divisor_of_weights(self) -> Float[Tensor, "out in"]:
+        return self.log_divisor + self.log_row_divisor
+
+    def groups(self) -> dict[Role, list[nn.Parameter]]:
+        return {"scale": [self.log_scale], "rounding": [self.log_divisor, self.log_row_divisor]}

@@ -3,57 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from formulas import COLUMNS, ROWS, STEPS, Adam, divided_rounding, freeze_rounding, layer
 from helpers import assert_finite_differences
-from numpy.typing import NDArray
 
 from logitwise.grid import Grid
 from logitwise.quantizers import STARTS, flexround
 from logitwise.quantizers.flexround import FlexRound
-
-Array = NDArray[np.float64]
-
-ROWS, COLUMNS, TOKENS, STEPS = 3, 12, 20, 30
-
-
-def layer(seed: int = 0) -> tuple[Array, Array]:
-    """A weight and inputs that are not independent of one another across channels."""
-    random = np.random.default_rng(seed)
-    mixing = random.normal(size=(COLUMNS, COLUMNS))
-    return random.normal(size=(ROWS, COLUMNS)), random.normal(size=(TOKENS, COLUMNS)) @ mixing
-
-
-def weight_and_slopes(
-    weight: Array, zero: Array, d1: Array, d2: Array, d3: Array, levels: int
-) -> tuple[Array, Array, Array]:
-    """What, dWhat / d log s1 and dWhat / d log S2 (equally s3), element by element; rounding has slope one."""
-    size = COLUMNS // d1.shape[1]
-    what, slope1, slope2 = np.zeros_like(weight), np.zeros_like(weight), np.zeros_like(weight)
-    for i in range(ROWS):
-        for j in range(COLUMNS):
-            s1 = float(np.float32(np.exp(d1[i, j // size])))
-            z = zero[i, j // size]
-            u = weight[i, j] / (s1 * np.exp(d2[i, j] + d3[i, 0]))
-            n = np.round(u)
-            inside = -z <= n <= levels - z
-            n = min(max(n, -z), levels - z)
-            what[i, j] = s1 * n
-            slope1[i, j] = s1 * (n - u * inside)
-            slope2[i, j] = -s1 * u * inside
-    return what, slope1, slope2
-
-
-class Adam:
-    """Kingma and Ba (2015), one parameter."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.m, self.v, self.t = np.zeros(shape), np.zeros(shape), 0
-
-    def step(self, gradient: Array, rate: float) -> Array:
-        self.t += 1
-        self.m = 0.9 * self.m + 0.1 * gradient
-        self.v = 0.999 * self.v + 0.001 * gradient**2
-        m, v = self.m / (1 - 0.9**self.t), self.v / (1 - 0.999**self.t)
-        return rate * m / (np.sqrt(v) + 1e-8)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -69,7 +24,7 @@ def test_thirty_steps_are_those_of_the_formula(bits: int, size: int | None, symm
     adams = [Adam(d.shape) for d in (d1, d2, d3)]
     start_codes = quantizer.freeze().codes
     for step in range(STEPS):
-        what, slope1, slope2 = weight_and_slopes(weight, zero, d1, d2, d3, grid.levels)
+        what, slope1, slope2 = divided_rounding(weight, zero, d1, d2, d3, grid.levels)
         found = quantizer(step / STEPS)
         np.testing.assert_allclose(found.detach().numpy(), what, rtol=1e-6, atol=1e-6)
         loss = (x @ (found - torch.from_numpy(weight)).T).square().mean()
@@ -106,7 +61,7 @@ def test_gradients_are_finite_differences_of_the_frozen_rounding(name: str, monk
     upstream = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     (quantizer(0.0) * upstream).sum().backward()
     for function in ("round_through", "store_through"):
-        freeze_rounding(monkeypatch, function)
+        freeze_rounding(monkeypatch, flexround, function)
 
     @torch.no_grad()
     def value() -> float:
@@ -115,16 +70,3 @@ def test_gradients_are_finite_differences_of_the_frozen_rounding(name: str, monk
     value()
     parameter = quantizer.get_parameter(name)
     assert_finite_differences(parameter, value)
-
-
-def freeze_rounding(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    """From the next forward on, rounding adds what it added then, whatever is rounded."""
-    original = getattr(flexround, function)
-    added: list[torch.Tensor] = []
-
-    def frozen(x: torch.Tensor, *rest: object) -> torch.Tensor:
-        if not added:
-            added.append((original(x, *rest) - x).detach())
-        return x + added[0]
-
-    monkeypatch.setattr(flexround, function, frozen)

@@ -3,23 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from formulas import COLUMNS, ROWS, STEPS, Array, freeze_rounding, layer
 from helpers import assert_finite_differences
-from numpy.typing import NDArray
 
 from logitwise.descent import SignSGD
 from logitwise.grid import Grid
 from logitwise.quantizers import STARTS, signround
 from logitwise.quantizers.signround import SignRound
-
-Array = NDArray[np.float64]
-
-ROWS, COLUMNS, TOKENS, STEPS = 3, 12, 20, 30
-
-
-def layer(seed: int = 0) -> tuple[Array, Array]:
-    random = np.random.default_rng(seed)
-    mixing = random.normal(size=(COLUMNS, COLUMNS))
-    return random.normal(size=(ROWS, COLUMNS)), random.normal(size=(TOKENS, COLUMNS)) @ mixing
 
 
 def stored(x: float) -> float:
@@ -154,7 +144,7 @@ def test_gradients_are_finite_differences_of_the_frozen_rounding(
     (quantizer(0.0) * upstream).sum().backward()
     parameter = quantizer.get_parameter(name)
     for function in ("round_through", "store_through"):
-        freeze_rounding(monkeypatch, function)
+        freeze_rounding(monkeypatch, signround, function)
 
     @torch.no_grad()
     def value() -> float:
@@ -162,17 +152,3 @@ def test_gradients_are_finite_differences_of_the_frozen_rounding(
 
     value()
     assert_finite_differences(parameter, value)
-
-
-def freeze_rounding(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    """From the next forward on, each rounding adds what it added then, whatever is rounded."""
-    original = getattr(signround, function)
-    added: dict[tuple[int, ...], torch.Tensor] = {}
-
-    def frozen(x: torch.Tensor, *rest: object) -> torch.Tensor:
-        key = tuple(x.shape)  # zero points and codes are rounded by the same function
-        if key not in added:
-            added[key] = (original(x, *rest) - x).detach()
-        return x + added[key]
-
-    monkeypatch.setattr(signround, function, frozen)
