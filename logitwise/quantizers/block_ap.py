@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from logitwise.grid import Grid, Quantized, clamp_through, freeze, merge, round_through, split, store_through
 from logitwise.quantizers.base import Quantizer, Role
-from logitwise.quantizers.starts import Start, start_grid
+from logitwise.quantizers.starts import Start
 
 LEAST_SCALE, LARGEST_SCALE = 1e-4, 1e4
 
@@ -40,7 +40,8 @@ class BlockAP(Quantizer):
 
     @classmethod
     def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "BlockAP":
-        return cls(weight, *start_grid(weight, grid, start), grid)
+        at = start(weight, grid)
+        return cls(at.weight, at.scale, at.zero, grid)
 
     def forward(self, progress: float) -> Float[Tensor, "out in"]:
         scale, zero = self._scale_and_zero()

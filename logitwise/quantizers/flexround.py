@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from logitwise.grid import Grid, Quantized, freeze, merge, round_through, split, store_through
 from logitwise.quantizers.base import Quantizer, Role
-from logitwise.quantizers.starts import Start, start_grid
+from logitwise.quantizers.starts import Start
 
 
 class DividedRounding(Quantizer):
@@ -40,7 +40,8 @@ class DividedRounding(Quantizer):
 
     @classmethod
     def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "DividedRounding":
-        return cls(weight, *start_grid(weight, grid, start), grid)
+        at = start(weight, grid)
+        return cls(at.weight, at.scale, at.zero, grid)
 
     @abstractmethod
     def log_divisor_of_weights(self) -> Float[Tensor, "out in"]:

@@ -27,7 +27,7 @@ class LearnableClipping(Quantizer):
 
     Args:
         weight: float32 [out, in].
-        factor: the share of each group's range at the start, [out, groups].
+        low_share, high_share: of each group's range at the start, [out, groups].
     """
 
     reads_progress = False
@@ -35,19 +35,20 @@ class LearnableClipping(Quantizer):
     low: Tensor
     high: Tensor
 
-    def __init__(self, weight: Tensor, factor: Tensor, grid: Grid) -> None:
+    def __init__(self, weight: Tensor, low_share: Tensor, high_share: Tensor, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
         low, high = group_range(weight, grid)
         self.register_buffer("weight", weight)
         self.register_buffer("low", low)
         self.register_buffer("high", high)
-        self.low_logit = nn.Parameter(torch.logit(factor).clamp(max=WIDEST))
-        self.high_logit = nn.Parameter(self.low_logit.detach().clone())
+        self.low_logit = nn.Parameter(torch.logit(low_share).clamp(-WIDEST, WIDEST))
+        self.high_logit = nn.Parameter(torch.logit(high_share).clamp(-WIDEST, WIDEST))
 
     @classmethod
     def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "LearnableClipping":
-        quantizer = cls(weight, start(weight, grid), grid)
+        at = start(weight, grid)
+        quantizer = cls(at.weight, at.low_share, at.high_share, grid)
         safe_scale(quantizer._range()[0].detach(), grid)  # refuses one that overflows
         return quantizer
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from logitwise.grid import Grid, Quantized, codes_of, freeze
 from logitwise.quantizers.base import Quantizer
-from logitwise.quantizers.starts import Start, start_grid
+from logitwise.quantizers.starts import Start
 
 
 class RoundToNearest(Quantizer):
@@ -21,8 +21,8 @@ class RoundToNearest(Quantizer):
 
     @classmethod
     def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "RoundToNearest":
-        scale, zero = start_grid(weight, grid, start)
-        return cls(freeze(codes_of(weight, scale, zero, grid), scale, zero, grid))
+        at = start(weight, grid)
+        return cls(freeze(codes_of(at.weight, at.scale, at.zero, grid), at.scale, at.zero, grid))
 
     def forward(self, progress: float) -> Float[Tensor, "out in"]:
         return self.quantized.dequantize()

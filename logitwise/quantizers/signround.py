@@ -24,7 +24,7 @@ class SignRound(Quantizer):
 
     Args:
         weight: float32 [out, in].
-        factor: the share of each group's range at the start, [out, groups].
+        low_share, high_share: of each group's range at the start, [out, groups].
     """
 
     reads_progress = False
@@ -32,7 +32,7 @@ class SignRound(Quantizer):
     low: Tensor
     high: Tensor
 
-    def __init__(self, weight: Tensor, factor: Tensor, grid: Grid) -> None:
+    def __init__(self, weight: Tensor, low_share: Tensor, high_share: Tensor, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
         low, high = group_range(weight, grid)
@@ -40,12 +40,13 @@ class SignRound(Quantizer):
         self.register_buffer("low", low)
         self.register_buffer("high", high)
         self.offset = nn.Parameter(torch.zeros_like(weight))
-        self.low_factor = nn.Parameter(factor.clone())
-        self.high_factor = nn.Parameter(factor.clone())
+        self.low_factor = nn.Parameter(low_share.clone())
+        self.high_factor = nn.Parameter(high_share.clone())
 
     @classmethod
     def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "SignRound":
-        quantizer = cls(weight, start(weight, grid), grid)
+        at = start(weight, grid)
+        quantizer = cls(at.weight, at.low_share, at.high_share, grid)
         safe_scale(quantizer._scale().detach(), grid)  # refuses one that overflows
         return quantizer
 

@@ -1,12 +1,34 @@
-"""Where a fit starts: the range that a weight's codes cover before anything is learned."""
+"""Where a fit starts: what is rounded, and the range that its codes cover before anything is learned."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from logitwise.grid import Grid, codes_of, scale_of_range, split
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """A weight on a grid.
+
+    Args:
+        weight: what is rounded to the nearest code: the weight, or one that makes up for others' errors, [out, in].
+        scale, zero: of each group, float32 [out, groups], the scale as it is stored.
+        low_share, high_share: the share of each group's range below and above zero that the codes cover, 0 to 1.
+    """
+
+    weight: Float[Tensor, "out in"]
+    scale: Float[Tensor, "out groups"]
+    zero: Float[Tensor, "out groups"]
+    low_share: Float[Tensor, "out groups"]
+    high_share: Float[Tensor, "out groups"]
+
+
+Start = Callable[[Tensor, Grid], StartPoint]
+"""A weight [out, in] and its grid -> where its fit starts."""
 
 FACTORS = tuple(1.0 - 0.02 * step for step in range(26))
 ERROR_EXPONENT = 2.4  # FlexRound's and GPTQ's range search
@@ -36,21 +58,38 @@ def range_factor(weight: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "
     return best
 
 
-def minmax(weight: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "out groups"]:
-    """The whole range: nothing is clipped."""
-    return torch.ones_like(group_range(weight, grid)[0])
+def of_share(weight: Float[Tensor, "out in"], grid: Grid, share: Float[Tensor, "out groups"]) -> StartPoint:
+    """The grid that covers a share of each group's range, on both sides of zero alike.
 
-
-Start = Callable[[Tensor, Grid], Tensor]
-"""weight [out, in], grid -> the share of each group's min-max range that is covered, [out, groups]."""
-
-STARTS: dict[str, Start] = {"minmax": minmax, "searched": range_factor}
-
-
-def start_grid(
-    weight: Float[Tensor, "out in"], grid: Grid, start: Start
-) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-    """Scale and zero point at the start of a fit."""
+    Errors: RecipeError where a scale overflows its stored type.
+    """
     low, high = group_range(weight, grid)
-    factor = start(weight, grid)
-    return scale_of_range(factor * low, factor * high, grid)
+    return StartPoint(weight, *scale_of_range(share * low, share * high, grid), share, share)
+
+
+def of_grid(
+    weight: Float[Tensor, "out in"], grid: Grid, scale: Float[Tensor, "out groups"], zero: Float[Tensor, "out groups"]
+) -> StartPoint:
+    """A grid that was found otherwise. The shares are the nearest that there are: codes may reach beyond the range."""
+    low, high = group_range(weight, grid)
+    if grid.symmetric:
+        span = 2 * torch.maximum(-low, high)
+        low_share = high_share = torch.where(span > 0, scale * grid.levels / span, 1.0).clamp(max=1)
+    else:
+        low_share = torch.where(low < 0, zero * scale / -low, 1.0).clamp(max=1)
+        high_share = torch.where(high > 0, (grid.levels - zero) * scale / high, 1.0).clamp(max=1)
+    return StartPoint(weight, scale, zero, low_share, high_share)
+
+
+def minmax(weight: Float[Tensor, "out in"], grid: Grid) -> StartPoint:
+    """The whole range: nothing is clipped."""
+    return of_share(weight, grid, torch.ones_like(group_range(weight, grid)[0]))
+
+
+def searched(weight: Float[Tensor, "out in"], grid: Grid) -> StartPoint:
+    """The best of 26 shares of each group's range, by the mean of |error|^2.4."""
+    return of_share(weight, grid, range_factor(weight, grid))
+
+
+STARTS: dict[str, Start] = {"minmax": minmax, "searched": searched}
+"""Starts that need nothing but the weight."""

@@ -102,7 +102,7 @@ def test_gradients_are_finite_differences_of_the_frozen_rounding(
 ) -> None:
     weight = torch.from_numpy(layer()[0])
     factor = torch.full((ROWS, 3), 0.7, dtype=torch.float64)
-    quantizer = LearnableClipping(weight, factor, Grid(3, 4, symmetric, torch.float32))
+    quantizer = LearnableClipping(weight, factor, factor, Grid(3, 4, symmetric, torch.float32))
     # At a code of either end the clamp has a kink: what lies there is moved inward, and the outermost weights are out.
     scale, zero = (x.detach().expand(ROWS, 3, 4).flatten(1) for x in quantizer._scale_and_zero())
     code = (weight / scale).round() + zero

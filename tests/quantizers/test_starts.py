@@ -6,7 +6,7 @@ from torch import Tensor
 
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid, codes_of, freeze, scale_of_range
-from logitwise.quantizers.starts import ERROR_EXPONENT, FACTORS, STARTS, group_range, minmax, range_factor, start_grid
+from logitwise.quantizers.starts import ERROR_EXPONENT, FACTORS, STARTS, group_range, minmax, of_grid, range_factor
 
 GRIDS = [
     Grid(bits, size, symmetric, dtype)
@@ -62,10 +62,10 @@ def test_searched_is_never_worse_than_minmax_by_its_own_measure(grid: Grid) -> N
     weight = heavy_tailed(9, 48, 1)
 
     def error(start: str) -> Tensor:
-        scale, zero = start_grid(weight, grid, STARTS[start])
-        quantized = freeze(codes_of(weight, scale, zero, grid), scale, zero, grid)
+        at = STARTS[start](weight, grid)
+        quantized = freeze(codes_of(weight, at.scale, at.zero, grid), at.scale, at.zero, grid)
         difference = (quantized.dequantize() - weight).double().abs() ** 2.4
-        return difference.view(9, scale.shape[1], -1).mean(-1)
+        return difference.view(9, at.scale.shape[1], -1).mean(-1)
 
     searched, whole = error("searched"), error("minmax")
     assert (searched <= whole * (1 + 1e-5)).all()
@@ -75,7 +75,7 @@ def test_searched_is_never_worse_than_minmax_by_its_own_measure(grid: Grid) -> N
 
 def test_minmax_clips_nothing() -> None:
     weight = heavy_tailed()
-    assert torch.equal(minmax(weight, Grid(4, 8, False)), torch.ones(3, 3))
+    assert torch.equal(minmax(weight, Grid(4, 8, False)).low_share, torch.ones(3, 3))
     low, high = group_range(weight, Grid(4, 8, False))
     assert torch.equal(low, weight.view(3, 3, 8).amin(-1).clamp(max=0))
     assert torch.equal(high, weight.view(3, 3, 8).amax(-1).clamp(min=0))
@@ -92,11 +92,24 @@ def test_a_range_always_has_zero_in_it() -> None:
 def test_start_grid_is_the_grid_of_the_shrunken_range(start: str, symmetric: bool) -> None:
     grid, weight = Grid(3, 8, symmetric), heavy_tailed()
     low, high = group_range(weight, grid)
-    factor = STARTS[start](weight, grid)
-    for found, expected in zip(
-        start_grid(weight, grid, STARTS[start]), scale_of_range(factor * low, factor * high, grid), strict=True
-    ):
-        assert torch.equal(found, expected)
+    at = STARTS[start](weight, grid)
+    scale, zero = scale_of_range(at.low_share * low, at.high_share * high, grid)
+    assert torch.equal(at.scale, scale)
+    assert torch.equal(at.zero, zero)
+    assert at.weight is weight
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_shares_of_a_grid_give_it_back(symmetric: bool) -> None:
+    grid, weight = Grid(3, 8, symmetric, torch.float32), heavy_tailed()
+    at = STARTS["searched"](weight, grid)
+    again = of_grid(weight, grid, at.scale, at.zero)
+    low, high = group_range(weight, grid)
+    scale, zero = scale_of_range(again.low_share * low, again.high_share * high, grid)
+    inside = (again.low_share < 1) & (again.high_share < 1)  # a grid may reach beyond the range, its shares do not
+    assert inside.any()
+    assert torch.allclose(scale[inside], at.scale[inside], rtol=1e-5)
+    assert torch.equal(zero[inside], at.zero[inside])
 
 
 def test_zeros_keep_the_whole_range_and_a_large_weight_is_refused() -> None:
