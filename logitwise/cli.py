@@ -51,7 +51,12 @@ def quantize(
         bool | None, typer.Option("--polish/--no-polish", help="Tune all scales together afterwards.")
     ] = None,
     polish_steps: Annotated[int | None, typer.Option(help="Optimiser steps of the polish (300).")] = None,
-    start: Annotated[str | None, typer.Option(help="Where ranges start (searched), or minmax.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="Where a fit starts: searched, minmax; with what inputs are like: weighted, neuqi, gptq, quantease."
+        ),
+    ] = None,
     format: Annotated[str | None, typer.Option("--format", help="auto or compressed-tensors.")] = None,
     scale_dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
     calibration: Annotated[

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,7 +15,7 @@ from logitwise.fused import compiled_weight
 from logitwise.grid import Grid, Quantized
 from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.objectives import Objective, Taps
-from logitwise.quantizers import Quantizer, Start
+from logitwise.quantizers import InformedStart, Quantizer, Start
 from logitwise.skeleton import Call, Head, Skeleton, Slot
 from logitwise.watch import Stage
 
@@ -42,9 +43,46 @@ class Window:
         self.weights = {block: skeleton.load_block(block, dtype=torch.float32) for block in blocks}
         self.slots = [slot for block in blocks for slot in skeleton.slots(block) if not kept(slot)]
 
-    def quantizers(self, method: type[Quantizer], grid: Grid, start: Start) -> dict[Slot, Quantizer]:
-        """A quantizer for each slot, at its start."""
-        return {s: method.start(s.get(self.weights[s.block]).contiguous(), grid, start) for s in self.slots}
+    def quantizers(
+        self,
+        method: type[Quantizer],
+        grid: Grid,
+        start: Start | InformedStart,
+        moments: Mapping[Slot, Tensor] | None = None,
+    ) -> dict[Slot, Quantizer]:
+        """A quantizer for each slot, at its start; `moments` are those of its inputs, for a start that reads them."""
+
+        def start_of(slot: Slot) -> Start:
+            if moments is None:
+                return cast(Start, start)
+            return lambda weight, grid: cast(InformedStart, start)(weight, grid, moments[slot])
+
+        return {s: method.start(s.get(self.weights[s.block]).contiguous(), grid, start_of(s)) for s in self.slots}
+
+    @torch.no_grad()
+    def moments(self, hidden: Float[Tensor, "rows tokens d"], batch: int) -> dict[Slot, Float[Tensor, "inputs inputs"]]:
+        """The mean of x x^T over what each slot reads where `hidden` enters the window, in float32.
+
+        Slots that read the same have one tensor together.
+        """
+        found: dict[Slot, Tensor] = {}
+        tokens = hidden.shape[0] * hidden.shape[1]
+        for start in range(0, hidden.shape[0], batch):
+            entering = hidden[start : start + batch]
+            for block in self.blocks:
+                weights = {key: weight.to(self.skeleton.dtype) for key, weight in self.weights[block].items()}
+                leaving, seen = self.skeleton.run_seen(block, weights, entering, self.calls[block])
+                of_input: dict[int, Tensor] = {}
+                for slot in self.slots:
+                    if slot.block == block:
+                        read = seen[slot.key]
+                        if id(read) not in of_input:
+                            x = read.flatten(0, -2).float()
+                            added = (x.T @ x).div_(tokens)
+                            of_input[id(read)] = found[slot].add_(added) if slot in found else added
+                        found[slot] = of_input[id(read)]
+                entering = leaving
+        return found
 
     def forward(
         self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor]

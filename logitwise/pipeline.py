@@ -20,7 +20,7 @@ from logitwise.grid import Quantized
 from logitwise.machine import repeatable, versions
 from logitwise.polish import POLISHED, Polish, Polished
 from logitwise.preflight import Job, check
-from logitwise.quantizers import QUANTIZERS, STARTS
+from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe
 from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain
 from logitwise.skeleton import Slot, load_whole
@@ -88,7 +88,8 @@ def quantize(
     """
     recipe, out, began = recipe or Recipe.load(), Path(out), time.monotonic()
     learns = QUANTIZERS[recipe.method].learns if recipe.method in QUANTIZERS else False
-    reads = learns or recipe.polish
+    fits = learns or recipe.start in INFORMED
+    reads = fits or recipe.polish
     if rows is not None and reads:
         split(rows, recipe)
     if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
@@ -107,8 +108,9 @@ def quantize(
         settings = {name: job.choices[name].value for name in ("device", "compute_dtype")}
         root = chain("logitwise", model=job.digest, versions=versions(), numerics=NUMERICS, **settings)
         data = rows_of_run(job, recipe, rows, folder, root, watcher) if reads else None
-        if learns and data:
-            steps = _fit(job, recipe, data, folder, root, watcher)
+        if fits and data:
+            still = {} if learns else {"objective": "mse", "steps": 0, "steps_last": 0}
+            steps = _fit(job, recipe.but(**still), data, folder, root, watcher)
         else:
             steps = _round(job, recipe, folder, root, watcher)
         made_by, held_out_kl, unmet = _verdict(folder, steps, recipe, len(job.skeleton), watcher)

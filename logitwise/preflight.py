@@ -15,7 +15,7 @@ from logitwise.formats.checkpoint import check_output
 from logitwise.machine import choose_machine
 from logitwise.objectives import OBJECTIVES
 from logitwise.polish import POLISHED
-from logitwise.quantizers import QUANTIZERS, STARTS
+from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe, not_possible
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedFolder, check_tokenizer, check_weights, open_source
@@ -110,7 +110,7 @@ def _check_names(recipe: Recipe) -> None:
     names: dict[str, list[str]] = {
         "method": [*QUANTIZERS],
         "objective": [*OBJECTIVES],
-        "start": [*STARTS],
+        "start": [*STARTS, *INFORMED],
         "format": ["auto", *FORMATS],
     }
     for key, known in names.items():

@@ -78,7 +78,7 @@ class Recipe(_Frozen):
     teacher_last: Literal["full_precision", "quantized"] = Field(
         "full_precision", description="what the final blocks' teacher reads: its own stream, or the student's"
     )
-    start: str = Field("searched", description="where the ranges start")
+    start: str = Field("searched", description="where a fit starts")
     start_last: Literal["start", "mse"] = Field(
         "start", description="where the final blocks start: as the others, or at their own MSE fit"
     )

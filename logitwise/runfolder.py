@@ -58,14 +58,14 @@ class RunFolder:
         for name, q in quantized.items():
             tensors |= {f"{name}:codes": q.codes, f"{name}:scale": q.scale, f"{name}:zero": q.zero}
         for name, quantizer in (state or {}).items():
-            tensors |= {f"{name}:state:{part}": parameter for part, parameter in quantizer.named_parameters()}
+            tensors |= {f"{name}:state:{part}": tensor for part, tensor in quantizer.state_dict().items()}
         self._write(key, tensors, record)
 
     def load_state(self, key: str, name: str, quantizer: nn.Module) -> None:
         """Puts what was learned for a slot into its quantizer."""
         with safe_open(self.path / f"{key}.safetensors", framework="pt") as file, torch.no_grad():
-            for part, parameter in quantizer.named_parameters():
-                parameter.copy_(file.get_tensor(f"{name}:state:{part}"))
+            for part, tensor in quantizer.state_dict().items():  # which are the quantizer's own
+                tensor.copy_(file.get_tensor(f"{name}:state:{part}"))
 
     def record(self, key: str) -> dict[str, Any]:
         """The figures of a finished window."""

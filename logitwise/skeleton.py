@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -247,6 +248,25 @@ class Skeleton:
         output = functional_call(self.blocks[block], dict(weights), (hidden, *call.args), call.kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         return hidden
+
+    def run_seen(
+        self, block: int, weights: Mapping[str, Tensor], hidden: Float[Tensor, "rows tokens d"], call: Call
+    ) -> tuple[Float[Tensor, "rows tokens d"], dict[str, Tensor]]:
+        """One block's output, and what each of its slots reads, by the slot's key: [..., in]."""
+        seen: dict[str, Tensor] = {}
+
+        def see(key: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[key] = inputs[0]
+
+        hooks = []
+        for slot in self.slots(block):
+            module = self.blocks[block].get_submodule(slot.key.removesuffix(".weight"))
+            hooks.append(module.register_forward_pre_hook(partial(see, slot.key)))
+        try:
+            return self.run(block, weights, hidden, call), seen
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def rows_at_once(self, batch: int, tokens: int) -> int:
         """How many rows of `tokens` tokens go through a block together without a gradient: a GPU wants many."""

@@ -24,7 +24,7 @@ from logitwise.fit import Data, Fitted, Window, fit, measure
 from logitwise.fused import pays
 from logitwise.grid import Quantized
 from logitwise.objectives import OBJECTIVES
-from logitwise.quantizers import QUANTIZERS, STARTS
+from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS, Quantizer
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder, chain
 from logitwise.skeleton import Call, Head, Skeleton, Slot
@@ -229,7 +229,7 @@ class Walk:
         learning = partial(recipe.learning_of, last=step.refit)
         choose = recipe.choose_last if step.refit else "held_out"
         schedule = Schedule(step.steps, step.batch, recipe.checks, learning, seed, choose, fresh is not None)
-        quantizers = window.quantizers(QUANTIZERS[recipe.method], recipe.grid, STARTS[recipe.start])
+        quantizers = self._start(step, window, student)
         for slot, quantizer in quantizers.items():
             if key := step.starts[step.blocks.index(slot.block)]:
                 self.folder.load_state(key, slot.name, quantizer)
@@ -256,6 +256,15 @@ class Walk:
         # What a fit leaves behind holds itself in cycles; a window's parameters must not wait for Python to look.
         gc.collect()
         return fitted.quantized
+
+    def _start(self, step: Step, window: Window, student: Tensor) -> dict[Slot, Quantizer]:
+        """The quantizers before anything is learned."""
+        method, grid, start = QUANTIZERS[self.recipe.method], self.recipe.grid, self.recipe.start
+        if all(step.starts):  # what an earlier step learned will be put in their place
+            return window.quantizers(method, grid, STARTS["minmax"])
+        if start not in INFORMED:
+            return window.quantizers(method, grid, STARTS[start])
+        return window.quantizers(method, grid, INFORMED[start], window.moments(student[: step.train], self.at_once))
 
     def _fresh_data(self, before: list[Step], calls: list[Call]) -> Iterator[Data] | None:
         """New rows as the final blocks meet them; `before` are the steps of the blocks before those."""

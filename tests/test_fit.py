@@ -401,3 +401,27 @@ def test_sign_sgd_moves_by_the_sign_alone() -> None:
     p.grad = torch.tensor([1e-9, -1e9, 0.0])
     optimizer.step()
     assert p.tolist() == [0.75, 1.25, 1.0]
+
+
+def test_moments_are_the_mean_outer_products_of_what_each_slot_reads(skeleton: Skeleton, data: Data) -> None:
+    window = Window(skeleton, range(1, 3), skeleton.calls(TOKENS), lambda slot: slot.name.endswith("o_proj.weight"))
+    hidden = data.inputs[:5]
+    found = window.moments(hidden, batch=2)
+    assert set(found) == set(window.slots)
+    read: dict[str, Tensor] = {}
+    hooks = []
+    for block in window.blocks:
+        for name, module in skeleton.blocks[block].named_modules():
+            if isinstance(module, nn.Linear):
+                key = f"{block}.{name}.weight"
+                hooks.append(module.register_forward_pre_hook(lambda _, x, key=key: read.update({key: x[0]})))
+    window.forward(hidden, {})
+    for hook in hooks:
+        hook.remove()
+    for slot in window.slots:
+        x = read[f"{slot.block}.{slot.key}"].flatten(0, -2).double()
+        assert torch.allclose(found[slot].double(), x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+    by_name = {slot.name.split(".")[-2] + str(slot.block): total for slot, total in found.items()}
+    assert by_name["q_proj1"] is by_name["v_proj1"]
+    assert by_name["q_proj1"] is not by_name["q_proj2"]
+    assert not skeleton.blocks[1]._forward_pre_hooks

@@ -19,6 +19,7 @@ from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError, FormatError, InputError, SourceError
 from logitwise.evaluation import evaluate, measure_models
 from logitwise.fit import Data, fit
+from logitwise.quantizers import INFORMED
 from logitwise.runfolder import RunFolder
 from logitwise.skeleton import Skeleton
 from logitwise.source import open_source
@@ -370,6 +371,33 @@ def test_more_rows_for_the_final_block_leave_the_blocks_before_as_they_are(
     logitwise.quantize(folder, tmp_path / "few", few, **place)
     logitwise.quantize(folder, tmp_path / "more", few.but(rows_last=12), watcher=listener, **place)
     assert "2 of 3 fits were finished before" in listener.said
+
+
+@pytest.mark.parametrize("start", INFORMED)
+def test_a_start_that_knows_its_inputs_makes_round_to_nearest_better(
+    start: str, folder: Path, text: Path, tmp_path: Path
+) -> None:
+    kl = {}
+    for each in ("minmax", start):
+        made = recipe(text, method="rtn", start=each)
+        result = logitwise.quantize(folder, tmp_path / each, made)
+        found = evaluate(tmp_path / each, text=f"text:{text}", reference=folder, row_tokens=32)
+        kl[each] = found.likelihood.kl.mean
+    assert result.fitted_by == "mse"
+    assert [window["blocks"] for window in result.report["windows"]] == [[0, 0], [1, 1]]
+    assert kl[start] < kl["minmax"]
+
+
+@pytest.mark.parametrize("start", ["searched", "gptq"])
+def test_final_blocks_that_start_at_their_own_fit_start_exactly_there(
+    start: str, folder: Path, text: Path, tmp_path: Path
+) -> None:
+    made = recipe(text, start=start, start_last="mse", final_blocks=2, steps_last=0)
+    result = logitwise.quantize(folder, tmp_path / "out", made.but(choose_last="last"))
+    assert result.held_out_kl["lfq"] == pytest.approx(result.held_out_kl["mse"], rel=1e-5)
+    plain = logitwise.quantize(folder, tmp_path / "mse", recipe(text, start=start, objective="mse"))
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "mse/model.safetensors").read_bytes()
+    assert plain.fitted_by == "mse"
 
 
 def test_a_polish_that_gains_nothing_leaves_the_scales_and_says_so(folder: Path, text: Path, tmp_path: Path) -> None:

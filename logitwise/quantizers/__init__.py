@@ -3,6 +3,7 @@
 from logitwise.quantizers.base import Quantizer, Role
 from logitwise.quantizers.block_ap import BlockAP
 from logitwise.quantizers.flexround import FlexRound
+from logitwise.quantizers.informed import INFORMED, InformedStart
 from logitwise.quantizers.lrq import LowRank
 from logitwise.quantizers.lwc import LearnableClipping
 from logitwise.quantizers.rtn import RoundToNearest
@@ -18,4 +19,4 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "signround": SignRound,
 }
 
-__all__ = ["QUANTIZERS", "STARTS", "Quantizer", "Role", "Start"]
+__all__ = ["INFORMED", "QUANTIZERS", "STARTS", "InformedStart", "Quantizer", "Role", "Start"]
