@@ -125,11 +125,20 @@ class Window:
         return forward
 
     @torch.no_grad()
-    def advance(self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor], batch: int) -> None:
-        """`hidden` in place becomes the window's output."""
+    def advance(
+        self,
+        hidden: Float[Tensor, "rows tokens d"],
+        replaced: Mapping[Slot, Tensor],
+        batch: int,
+        blocks: range | None = None,
+    ) -> None:
+        """`hidden` in place becomes the window's output, or that of these of its blocks."""
         for start in range(0, hidden.shape[0], batch):
-            part = slice(start, start + batch)
-            hidden[part] = self.forward(hidden[part], replaced)
+            part = hidden[start : start + batch]
+            left = part
+            for block in self.blocks if blocks is None else blocks:
+                left = self._run(block, left, replaced)
+            part.copy_(left)
 
 
 @dataclass(frozen=True)

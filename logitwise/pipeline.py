@@ -24,8 +24,9 @@ from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe
 from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain
 from logitwise.skeleton import Slot, load_whole
-from logitwise.stream import NUMERICS, Step, Walk, plan_steps
+from logitwise.stream import Walk
 from logitwise.watch import SILENT, Watcher
+from logitwise.windows import NUMERICS, Step, made_by_mse, plan_steps
 
 ROWS_AT_A_TIME = 8
 """Steps whose fresh rows are written together: a model writes many answers at once in little more time."""
@@ -236,8 +237,9 @@ def _verdict(
     The objective's fit of the final blocks is kept only where its held-out KL is below that of the MSE fit, unless the
     recipe does not choose by held-out rows.
     """
-    made_by, refit = list(steps[:depth]), steps[depth:]
-    ends = [steps[depth - 1], *refit[-1:]]
+    of_block, refit = made_by_mse(steps), [step for step in steps if step.refit]
+    made_by = [of_block[block] for block in range(depth)]
+    ends = [made_by[-1], *refit[-1:]]
     kl = {s.objective: r["held_out_kl"] for s in ends if "held_out_kl" in (r := folder.record(s.key))}
     if not refit:
         return made_by, kl, []

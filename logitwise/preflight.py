@@ -20,8 +20,8 @@ from logitwise.recipe import Choice, Recipe, not_possible
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedFolder, check_tokenizer, check_weights, open_source
 from logitwise.source.base import Source
-from logitwise.stream import final_blocks, roles_of
 from logitwise.watch import Watcher
+from logitwise.windows import check_windows, roles_of
 
 OF_THE_REFIT = (
     "choose_last",
@@ -33,6 +33,7 @@ OF_THE_REFIT = (
     "learning_last",
     "objective_settings",
 )
+OF_THE_WINDOWS = ("window", "stride", "grow")
 OF_THE_POLISH = ("polish_steps", "polish_batch", "polish_learning", "polish_rows")
 
 
@@ -93,7 +94,7 @@ def check(
     check_tokenizer(source)
     device, dtype = torch.device(choices["device"].value), getattr(torch, choices["compute_dtype"].value)
     skeleton = Skeleton(source, device, dtype)
-    final_blocks(recipe, len(skeleton))
+    check_windows(recipe, len(skeleton))
     kept = keeper(recipe.keep)
     every = [slot for block in range(len(skeleton)) for slot in skeleton.slots(block)]
     slots = [slot for slot in every if not kept(slot)]
@@ -140,6 +141,8 @@ def _check_read(recipe: Recipe) -> None:
     cases: list[tuple[tuple[str, ...], bool, str, str]] = [  # keys, whether they are read, why not, what would help
         (OF_THE_REFIT, method.learns, f"{recipe.method} learns nothing", "choose another --method"),
         (OF_THE_REFIT, objective.reads_head, f"{recipe.objective} fits each block alone", "choose another --objective"),
+        (OF_THE_WINDOWS, method.learns, f"{recipe.method} learns nothing", "choose another --method"),
+        (("stride", "grow"), recipe.window > 1, "windows of one block do not overlap", "choose a larger window"),
         (("shrink",), recipe.final_blocks != 1, "one final block is alone already", "ask for more --final-blocks"),
         (OF_THE_POLISH, recipe.polish, "there is no polish without --polish", "add --polish"),
         (("polish_fresh",), recipe.polish, "there is no polish without --polish", "add --polish"),

@@ -78,6 +78,9 @@ class Recipe(_Frozen):
     teacher_last: Literal["full_precision", "quantized"] = Field(
         "full_precision", description="what the final blocks' teacher reads: its own stream, or the student's"
     )
+    window: int = Field(1, ge=1, description="blocks that are fitted together by mean squared error")
+    stride: int = Field(1, ge=1, description="blocks from one window to the next, at most `window`")
+    grow: bool = Field(False, description="the first windows grow from one block")
     start: str = Field("searched", description="where a fit starts")
     start_last: Literal["start", "mse"] = Field(
         "start", description="where the final blocks start: as the others, or at their own MSE fit"

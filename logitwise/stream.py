@@ -1,16 +1,16 @@
-"""Walks the blocks: which windows are fitted in which order, and the activations that go from one to the next.
+"""Walks the windows: the activations that go from one block to the next, and the fits between.
 
 The teacher sees full-precision blocks on full-precision inputs. The student sees the window being fitted on inputs that
-came through the blocks already quantized. Every block is fitted by mean squared error on its own; the last K blocks are
-then fitted again, together, by the objective, from the student's inputs of that place (the fork). Where the recipe says
-so, the window then shrinks: its first block is fixed and the others are fitted on, until the last block is alone.
+came through the blocks already quantized. After the fits by mean squared error the final blocks are fitted again by the
+objective, from the student's inputs of that place (the fork). Where these windows shrink, the first block of each is
+fixed before the next is fitted.
 """
 
 import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import filterfalse, zip_longest
 
@@ -19,125 +19,16 @@ from torch import Tensor
 
 from logitwise.calibration.rows import Rows
 from logitwise.descent import Schedule
-from logitwise.errors import RecipeError
 from logitwise.fit import Data, Fitted, Window, fit, measure
 from logitwise.fused import pays
 from logitwise.grid import Quantized
 from logitwise.objectives import OBJECTIVES
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS, Quantizer
 from logitwise.recipe import Recipe
-from logitwise.runfolder import RunFolder, chain
+from logitwise.runfolder import RunFolder
 from logitwise.skeleton import Call, Head, Skeleton, Slot
 from logitwise.watch import Stage, Watcher
-
-NUMERICS = 2
-"""Raised when the same settings give another result, so that finished windows of before are not reused."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One window to fit.
-
-    Args:
-        blocks: its blocks.
-        objective: what it is fitted by.
-        steps, batch, train: how long, how many rows a step, on how many rows.
-        refit: whether it fits final blocks once more, by the recipe's objective.
-        starts: for each block the key of the step whose learned state it starts from, or None: the recipe's start.
-        keeps_state: whether a later step starts from its learned state.
-        key: names its result in the run folder.
-    """
-
-    blocks: range
-    objective: str
-    steps: int
-    batch: int
-    train: int
-    refit: bool
-    starts: tuple[str | None, ...]
-    keeps_state: bool
-    key: str
-
-    @property
-    def title(self) -> str:
-        """How people call it."""
-        first, last = self.blocks[0] + 1, self.blocks[-1] + 1
-        return f"block {last}" if first == last else f"blocks {first} to {last}"
-
-
-def plan_steps(recipe: Recipe, depth: int, root: str, digest: Callable[[int], str] = str) -> list[Step]:
-    """The windows of a run in order.
-
-    Args:
-        root: the key of what all depend on (model, versions).
-        digest: of the first so many rows and of those held out.
-
-    The final blocks' MSE fits have the steps, rows and batch of the final blocks where they are what the objective's
-    fit is held against, and those of the other blocks where they are only what it starts from.
-
-    Errors: RecipeError where more final blocks are asked for than the model has.
-    """
-    fork, roles = depth - final_blocks(recipe, depth), roles_of(recipe)
-    refits = OBJECTIVES[recipe.objective].reads_head
-    common = dict(
-        grid=vars(recipe.grid),
-        method=recipe.method,
-        start=recipe.start,
-        checks=recipe.checks,
-        seed=recipe.seed,
-        keep=recipe.keep,
-    )
-
-    def step(
-        blocks: range, objective: str, previous: str, refit: bool, starts: tuple[str | None, ...], keeps_state: bool
-    ) -> Step:
-        last = refit or (blocks[0] >= fork and recipe.start_last == "start")
-        length = recipe.steps_last if last and recipe.steps_last is not None else recipe.steps
-        batch = (last and recipe.batch_last) or recipe.batch
-        train = (last and recipe.rows_last) or recipe.rows
-        learning = {role: vars(recipe.learning_of(role, refit)) for role in roles}
-        own = dict(blocks=[blocks[0], blocks[-1]], objective=objective, steps=length, batch=batch, rows=train)
-        own |= dict(digest=digest(train), learning=learning, starts=starts, keeps_state=keeps_state)
-        if refit:
-            own |= dict(settings=recipe.objective_settings, teacher=recipe.teacher_last, choose=recipe.choose_last)
-            own |= dict(fresh=recipe.fresh_last and [recipe.calibration, recipe.temperature])
-        key = chain(previous, **common, **own)
-        return Step(blocks, objective, length, batch, train, refit, starts, keeps_state, key)
-
-    steps: list[Step] = []
-    for block in range(depth):
-        goes_on = refits and block >= fork and recipe.start_last == "mse"
-        previous = steps[-1].key if steps else root
-        steps.append(step(range(block, block + 1), "mse", previous, False, (None,), goes_on))
-    if refits:
-        starts = tuple(steps[block].key if recipe.start_last == "mse" else None for block in range(fork, depth))
-        previous = steps[fork - 1].key if fork else root
-        for first in range(fork, depth if recipe.shrink else fork + 1):
-            shrinks_on = recipe.shrink and first < depth - 1
-            steps.append(step(range(first, depth), recipe.objective, previous, True, starts, shrinks_on))
-            previous = steps[-1].key
-            starts = (previous,) * (depth - first - 1)
-    return steps
-
-
-def final_blocks(recipe: Recipe, depth: int) -> int:
-    """How many blocks are final.
-
-    Errors: RecipeError where more are asked for than the model has.
-    """
-    found = depth if recipe.final_blocks == "all" else recipe.final_blocks
-    if found > depth:
-        raise RecipeError(
-            f"--final-blocks {found} is too many", f"the model has {depth} blocks", f"choose 1 to {depth}, or all"
-        )
-    return found
-
-
-def roles_of(recipe: Recipe) -> list[str]:
-    """The roles of the method's parameters, read off a weight of one group."""
-    method = QUANTIZERS[recipe.method]
-    sample = method.start(torch.tensor([[-1.0, 1.0] * 4]), replace(recipe.grid, group_size=None), STARTS["minmax"])
-    return [str(role) for role in sample.groups()]
+from logitwise.windows import Step, made_by_mse
 
 
 class Walk:
@@ -175,33 +66,41 @@ class Walk:
             return
         if len(missing) < len(steps):
             watcher.say(f"{len(steps) - len(missing)} of {len(steps)} fits were finished before")
-        depth, refit = len(self.skeleton), steps[len(self.skeleton) :]
-        fork = refit[0].blocks[0] if refit else depth
+        depth = len(self.skeleton)
+        fits, refits = ([step for step in steps if step.refit == refit] for refit in (False, True))
+        fork = refits[0].blocks[0] if refits else depth
         with watcher.stage("Fitting blocks", sum(self._cost(step) for step in missing)) as stage:
             calls = self.skeleton.calls(self.rows.ids.shape[1])
             teacher = self.skeleton.embed(self.rows.ids, batch=self.at_once)
             student = at_fork = teacher.clone()
+            taught = (
+                0  # blocks that the teacher's hidden states have come through; the student's are where a window begins
+            )
             head: Head | None = None
-            for step in steps[:depth]:
-                if step.blocks[0] == fork:
-                    at_fork = student.clone() if fork < depth - 1 else student
+            for step, following in zip_longest(fits, fits[1:]):
                 window = Window(self.skeleton, step.blocks, calls, self.kept, compiled)
-                window.advance(teacher, {}, self.at_once)
-                if step.blocks[-1] == depth - 1:
+                window.advance(teacher, {}, self.at_once, range(taught, step.blocks[-1] + 1))
+                taught = step.blocks[-1] + 1
+                if taught == depth:
                     head = self.skeleton.head()
                 quantized = self._finish(step, window, student, teacher, head, stage, watcher)
-                if step.blocks[-1] < depth - 1:
-                    weights = {slot: q.dequantize() for slot, q in quantized.items()}
-                    window.advance(student, weights, self.at_once)
+                weights = {slot: q.dequantize() for slot, q in quantized.items()}
+                behind = following.blocks[0] if following else max(fork, step.blocks[0]) if refits else step.blocks[0]
+                for block in range(step.blocks[0], behind):
+                    if block == fork:
+                        at_fork = student.clone()
+                    window.advance(student, weights, self.at_once, range(block, block + 1))
+                if behind <= fork:
+                    at_fork = student
             student = at_fork  # those at the end are not read any more
-            for step, following in zip_longest(refit, refit[1:]):
+            made = made_by_mse(steps)
+            for step, following in zip_longest(refits, refits[1:]):
                 window = Window(self.skeleton, step.blocks, calls, self.kept, compiled)
-                fresh = self._fresh_data(steps[:fork], calls)
+                fresh = self._fresh_data([made[block] for block in range(fork)], calls)
                 quantized = self._finish(step, window, at_fork, teacher, head, stage, watcher, fresh)
                 if following is not None:  # the window shrinks: its first block stays as it is now
                     weights = {slot: q.dequantize() for slot, q in quantized.items()}
-                    fixed = Window(self.skeleton, step.blocks[:1], calls, self.kept)
-                    fixed.advance(at_fork, weights, self.at_once)
+                    window.advance(at_fork, weights, self.at_once, step.blocks[:1])
 
     def _finish(
         self,

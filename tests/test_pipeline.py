@@ -23,8 +23,9 @@ from logitwise.quantizers import INFORMED
 from logitwise.runfolder import RunFolder
 from logitwise.skeleton import Skeleton
 from logitwise.source import open_source
-from logitwise.stream import Walk, plan_steps
+from logitwise.stream import Walk
 from logitwise.watch import SILENT, Watcher
+from logitwise.windows import plan_steps
 
 CPU = torch.device("cpu")
 TINY = {
@@ -576,7 +577,7 @@ def test_what_is_refused_before_any_work(folder: Path, text: Path, tmp_path: Pat
     refused(InputError, "method fleround", folder, out, good.but(method="fleround"), out=out)
     refused(InputError, "objective kl", folder, out, good.but(objective="kl"), out=out)
     refused(InputError, "format zip", folder, out, good.but(format="zip"), out=out)
-    refused(InputError, "final-blocks 3", folder, out, good.but(final_blocks=3), out=out)
+    refused(InputError, "final_blocks 3", folder, out, good.but(final_blocks=3), out=out)
     refused(InputError, "nothing is left", folder, out, good.but(keep=("proj",)), out=out)
     refused(InputError, "missing.txt", folder, out, good.but(calibration=f"text:{tmp_path}/missing.txt"), out=out)
     refused(InputError, "device", folder, out, good.but(device="nowhere"), out=out)

@@ -1,0 +1,138 @@
+"""Which windows are planned, and what each is fitted on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import VOCABULARY, MemorySource, tiny_model
+
+import logitwise
+from logitwise import stream
+from logitwise.calibration.rows import Rows
+from logitwise.errors import RecipeError
+from logitwise.fit import Data, Window, fit
+from logitwise.runfolder import RunFolder
+from logitwise.skeleton import Skeleton
+from logitwise.stream import Walk
+from logitwise.watch import SILENT
+from logitwise.windows import Step, check_windows, made_by_mse, plan_steps
+
+TOKENS = 12
+SHORT = {
+    "bits": 3,
+    "group_size": 16,
+    "row_tokens": TOKENS,
+    "rows": 8,
+    "held_out": 4,
+    "steps": 4,
+    "batch": 4,
+    "checks": 1,
+}
+
+
+def recipe(**changes: object) -> logitwise.Recipe:
+    return logitwise.Recipe.load(None, **{**SHORT, **changes})
+
+
+def plan(depth: int, **changes: object) -> list[Step]:
+    return plan_steps(recipe(**changes), depth, "root")
+
+
+def fits(steps: list[Step]) -> list[list[int]]:
+    return [[*step.blocks] for step in steps if not step.refit]
+
+
+@pytest.mark.parametrize(
+    ("depth", "changes", "expected"),
+    [
+        (3, {}, [[0], [1], [2]]),
+        (4, {"window": 2}, [[0, 1], [1, 2], [2, 3]]),
+        (5, {"window": 2, "stride": 2}, [[0, 1], [2, 3], [3, 4]]),
+        (4, {"window": 3, "grow": True}, [[0], [0, 1], [0, 1, 2], [1, 2, 3]]),
+        (2, {"window": 2}, [[0, 1]]),
+    ],
+)
+def test_windows_slide_to_the_last_block(depth: int, changes: dict[str, object], expected: list[list[int]]) -> None:
+    assert fits(plan(depth, **changes)) == expected
+
+
+def test_a_block_that_is_fitted_again_starts_from_what_it_has_learned() -> None:
+    steps = plan(4, window=2, final_blocks=2, start_last="mse", shrink=True)
+    keys = [step.key for step in steps]
+    assert [step.starts for step in steps] == [
+        (None, None),
+        (keys[0], None),
+        (keys[1], None),
+        (keys[2], keys[2]),
+        (keys[3],),
+    ]
+    assert [step.keeps_state for step in steps] == [True, True, True, True, False]
+    fresh = plan(4, window=2, final_blocks=2)
+    assert fresh[-1].starts == (None, None)
+    assert [step.keeps_state for step in fresh] == [True, True, False, False]
+    made = made_by_mse(steps)
+    assert [made[block].key for block in range(4)] == [keys[0], keys[1], keys[2], keys[2]]
+
+
+def test_what_comes_after_a_window_is_not_in_the_keys_before_it() -> None:
+    wide, narrow = plan(4, window=2, final_blocks=1), plan(4, window=2, final_blocks=1, objective="logit_mse")
+    assert [step.key for step in wide[:-1]] == [step.key for step in narrow[:-1]]
+    assert wide[-1].key != narrow[-1].key
+    assert len({step.key for step in wide}) == len(wide)
+
+
+def test_windows_that_cannot_be_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"window 5 is too many\n.*4 blocks\n.*1 to 4"):
+        check_windows(recipe(window=5), 4)
+    with pytest.raises(RecipeError, match=r"final_blocks 5 is too many\n.*4 blocks\n.*1 to 4, or all"):
+        check_windows(recipe(final_blocks=5), 4)
+    with pytest.raises(RecipeError, match=r"stride of 3 leaves blocks out\n.*has 2\n.*1 to 2"):
+        check_windows(recipe(window=2, stride=3), 4)
+    check_windows(recipe(window=2, stride=2, final_blocks="all"), 4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"final_blocks": 3},
+        {"window": 2},
+        {"window": 2, "final_blocks": 2},
+        {"window": 2, "grow": True, "objective": "mse"},
+        {"window": 3, "stride": 2, "final_blocks": 2, "start_last": "mse"},
+    ],
+    ids=str,
+)
+def test_each_window_is_fitted_on_what_comes_out_of_the_blocks_before_it(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    """Students' inputs came through the codes that are stored in the end, teachers' outputs through full precision."""
+    skeleton = Skeleton(MemorySource(tiny_model("llama")), torch.device("cpu"), torch.float32)
+    ids = torch.randint(VOCABULARY, (12, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+    rows = Rows(ids[:, :-1], ids[:, 1:], torch.ones(12, TOKENS))
+    made = recipe(**changes)
+    steps, folder = plan_steps(made, len(skeleton), "root"), RunFolder(tmp_path / "run")
+    seen: list[tuple[range, Data]] = []
+
+    def spy(window: Window, quantizers: object, objective: object, head: object, data: Data, *rest: object) -> object:
+        copied = Data(
+            data.inputs.clone(), data.targets.clone(), data.weights, data.following, data.train, data.held_out
+        )
+        seen.append((window.blocks, copied))
+        return fit(window, quantizers, objective, head, data, *rest)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "fit", spy)
+        Walk(skeleton, made, rows, 4, folder, lambda slot: False).run(steps, SILENT)
+    assert [blocks for blocks, _ in seen] == [step.blocks for step in steps]
+    fixed_by, calls = made_by_mse(steps), skeleton.calls(TOKENS)
+    for step, (blocks, data) in zip(steps, seen, strict=True):
+        student, teacher = skeleton.embed(ids[:, :-1]), skeleton.embed(ids[:, :-1])
+        for block in range(blocks[-1] + 1):
+            window = Window(skeleton, range(block, block + 1), calls, lambda slot: False)
+            window.advance(teacher, {}, 4)
+            if block < blocks[0]:
+                codes = {slot: folder.load(fixed_by[block].key, made.grid, slot.name) for slot in window.slots}
+                window.advance(student, {slot: q.dequantize() for slot, q in codes.items()}, 4)
+        assert torch.allclose(data.inputs, student, rtol=0, atol=1e-5), step.title
+        assert torch.allclose(data.targets, teacher, rtol=0, atol=1e-5), step.title
