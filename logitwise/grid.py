@@ -120,7 +120,7 @@ class _Store(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, dtype: torch.dtype) -> Tensor:
-        stored: Tensor = _stored(x, dtype)
+        stored: Tensor = _stored(x, dtype) if torch.compiler.is_compiling() else x.to(dtype).to(x.dtype)
         return stored
 
     @staticmethod

@@ -78,6 +78,9 @@ class Recipe(_Frozen):
     teacher_last: Literal["full_precision", "quantized"] = Field(
         "full_precision", description="what the final blocks' teacher reads: its own stream, or the student's"
     )
+    left_out: float = Field(
+        0.0, ge=0, lt=0.5, description="share of the largest errors that fits by mean squared error leave out"
+    )
     window: int = Field(1, ge=1, description="blocks that are fitted together by mean squared error")
     stride: int = Field(1, ge=1, description="blocks from one window to the next, at most `window`")
     grow: bool = Field(False, description="the first windows grow from one block")

@@ -132,7 +132,8 @@ class Walk:
         for slot, quantizer in quantizers.items():
             if key := step.starts[step.blocks.index(slot.block)]:
                 self.folder.load_state(key, slot.name, quantizer)
-        objective = OBJECTIVES[step.objective](**(recipe.objective_settings if step.refit else {}))
+        settings = recipe.objective_settings if step.refit else {"left_out": recipe.left_out}
+        objective = OBJECTIVES[step.objective](**settings)
         began = time.monotonic()
         per_step = self._cost_of_a_step(step)
         fitted = fit(window, quantizers, objective, head, data, schedule, stage, per_step, fresh)

@@ -88,6 +88,8 @@ def plan_steps(recipe: Recipe, depth: int, root: str, digest: Callable[[int], st
         own = dict(blocks=[blocks[0], blocks[-1]], objective=objective, steps=length, batch=batch, rows=train)
         own |= dict(digest=digest(train), learning=learning, starts=starts, keeps_state=keeps_state)
         before = steps
+        if objective == "mse":
+            own |= dict(left_out=recipe.left_out)
         if refit:
             own |= dict(settings=recipe.objective_settings, teacher=recipe.teacher_last, choose=recipe.choose_last)
             own |= dict(fresh=recipe.fresh_last and [recipe.calibration, recipe.temperature])

@@ -57,6 +57,18 @@ def test_options_of_the_objectives_fit_are_refused_where_there_is_none(key: str,
     allowed(tmp_path, **{"final_blocks": 2, **given})
 
 
+@pytest.mark.parametrize("given", [{"window": 2}, {"left_out": 0.001}], ids=str)
+def test_options_of_the_fit_are_refused_where_nothing_is_learned(given: dict[str, Any], tmp_path: Path) -> None:
+    refused(f"{next(iter(given))} is not read\n.*rtn learns nothing", tmp_path, method="rtn", **given)
+    allowed(tmp_path, **given)
+
+
+@pytest.mark.parametrize("given", [{"stride": 2}, {"grow": True}], ids=str)
+def test_windows_of_one_block_have_neither_stride_nor_growth(given: dict[str, Any], tmp_path: Path) -> None:
+    refused(f"{next(iter(given))} is not read\n.*do not overlap\n.*larger window", tmp_path, **given)
+    allowed(tmp_path, window=2, **given)
+
+
 def test_shrinking_is_refused_where_one_block_is_alone(tmp_path: Path) -> None:
     message = "shrink is not read\n.*one final block is alone already\n.*--final-blocks, or leave shrink out"
     refused(message, tmp_path, shrink=True)

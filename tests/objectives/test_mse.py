@@ -30,6 +30,18 @@ def test_sixteen_bits_are_subtracted_in_float32() -> None:
     assert MSE.loss(Taps(student, teacher, torch.ones(1, 1), NONE, None)).item() == 255.5**2
 
 
+def test_the_largest_errors_may_be_left_out_of_what_is_learned() -> None:
+    student = torch.arange(40.0).view(1, 4, 10)[:, :, torch.randperm(10)].requires_grad_()
+    taps = Taps(student, torch.zeros_like(student), torch.ones(1, 4), NONE.expand(1, 4), None)
+    loss = OBJECTIVES["mse"](left_out=0.1).loss(taps)
+    assert loss.item() == pytest.approx(sum(x**2 for x in range(36)) / 36)
+    loss.backward()
+    assert torch.allclose(student.grad, torch.where(student < 36, 2 * student / 36, 0))
+    with torch.no_grad():
+        assert OBJECTIVES["mse"](left_out=0.1).measure(taps) == MSE.measure(taps)
+        assert OBJECTIVES["mse"](left_out=0.01).loss(taps) == MSE.loss(taps)  # of 40 not one
+
+
 def test_what_it_says_of_itself() -> None:
     assert not MSE.reads_head
     assert MSE.unit == "mse"
