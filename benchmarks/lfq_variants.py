@@ -10,6 +10,7 @@ variants of a process share the blocks that they have in common. `benchmarks/tab
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -74,6 +75,9 @@ def main() -> None:
     parser.add_argument("--harder", type=int, default=0, help="of each length, longer than the model was made for")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys of every variant, as key=value")
+    parser.add_argument(
+        "--each", help="a recipe key and its values, as key=value,value: every variant with each of them"
+    )
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
@@ -103,13 +107,13 @@ def work(given: argparse.Namespace) -> None:
         if train is None:
             base["calibration"] = calibration(given, Path(temporary) / "prompts.txt")
         asked = problems.usual(given.problems) + problems.harder(given.harder)
-        for name in given.variants:
+        for (each, more), name in itertools.product(of_each(given.each), given.variants):
             began = time.monotonic()
-            row: dict[str, Any] = {"grid": grid, "seed": seed, "variant": name, "calibration": given.calibration}
+            row: dict[str, Any] = {"grid": grid, "seed": seed, "variant": each + name, "calibration": given.calibration}
             row |= {"settings": given.set, "fitted_by": name}
             made = source
             if name != FULL:
-                recipe = logitwise.Recipe.load(None, **{**base, **VARIANTS[name]})
+                recipe = logitwise.Recipe.load(None, **{**base, **more, **VARIANTS[name]})
                 result = logitwise.quantize(
                     given.model, out, recipe, rows=train, run_folder=run, keep_run=True, overwrite=True
                 )
@@ -123,7 +127,15 @@ def work(given: argparse.Namespace) -> None:
             found.append({**row, "seconds": round(time.monotonic() - began, 1)})
             save(given.only, found)
             right = " ".join(f"{kind} {sum(each) / len(each):.3f}" for kind, each in (row["accuracy"] or {}).items())
-            print(f"{grid} seed {seed} {name} ({found[-1]['seconds']} s): {kl_line(figures)} {right}", flush=True)
+            print(f"{grid} seed {seed} {each}{name} ({found[-1]['seconds']} s): {kl_line(figures)} {right}", flush=True)
+
+
+def of_each(asked: str | None) -> list[tuple[str, dict[str, Any]]]:
+    """What `--each` means: how a variant's name begins, and its settings."""
+    if asked is None:
+        return [("", {})]
+    key, _, values = asked.partition("=")
+    return [(f"{key}={value}: ", parse_settings([f"{key}={value}"])) for value in values.split(",")]
 
 
 def calibration(given: argparse.Namespace, prompts: Path) -> str:

@@ -57,7 +57,7 @@ def line(by_seed: dict[int, Any], against: dict[int, Any]) -> str:
 
 def fell_back(row: dict[str, Any]) -> bool:
     """Whether the objective's fit was no better on held-out rows, so that the checkpoint is that of the MSE fit."""
-    return row["fitted_by"] == "mse" and not row["variant"].startswith(("mse", "rtn"))
+    return row["fitted_by"] == "mse" and not row["variant"].rpartition(": ")[2].startswith(("mse", "rtn"))
 
 
 def harder(variants: dict[str, dict[int, Any]]) -> None:
