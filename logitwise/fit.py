@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,7 +14,7 @@ from logitwise.fused import compiled_weight
 from logitwise.grid import Grid, Quantized
 from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.objectives import Objective, Taps
-from logitwise.quantizers import InformedStart, Quantizer, Start
+from logitwise.quantizers import Quantizer, Start
 from logitwise.skeleton import Call, Head, Skeleton, Slot
 from logitwise.watch import Stage
 
@@ -47,23 +46,23 @@ class Window:
         self,
         method: type[Quantizer],
         grid: Grid,
-        start: Start | InformedStart,
-        moments: Mapping[Slot, Tensor] | None = None,
+        start: Start,
+        others: Mapping[Slot, Start] | None = None,
     ) -> dict[Slot, Quantizer]:
-        """A quantizer for each slot, at its start; `moments` are those of its inputs, for a start that reads them."""
-
-        def start_of(slot: Slot) -> Start:
-            if moments is None:
-                return cast(Start, start)
-            return lambda weight, grid: cast(InformedStart, start)(weight, grid, moments[slot])
-
-        return {s: method.start(s.get(self.weights[s.block]).contiguous(), grid, start_of(s)) for s in self.slots}
+        """A quantizer for each slot, at its start, which may be another for some slots."""
+        starts = others or {}
+        return {
+            slot: method.start(slot.get(self.weights[slot.block]).contiguous(), grid, starts.get(slot, start))
+            for slot in self.slots
+        }
 
     @torch.no_grad()
     def moments(self, hidden: Float[Tensor, "rows tokens d"], batch: int) -> dict[Slot, Float[Tensor, "inputs inputs"]]:
         """The mean of x x^T over what each slot reads where `hidden` enters the window, in float32.
 
         Slots that read the same have one tensor together.
+
+        Errors: MachineError, naming the layer, where it reads what is no finite number.
         """
         found: dict[Slot, Tensor] = {}
         tokens = hidden.shape[0] * hidden.shape[1]
@@ -82,6 +81,13 @@ class Window:
                             of_input[id(read)] = found[slot].add_(added) if slot in found else added
                         found[slot] = of_input[id(read)]
                 entering = leaving
+        for slot, total in found.items():
+            if not bool(torch.isfinite(total).all()):
+                raise MachineError(
+                    f"{slot.name} reads what is not a finite number",
+                    f"the blocks before it overflowed in {str(self.skeleton.dtype).removeprefix('torch.')}",
+                    "choose --set compute_dtype=float32, or --start searched",
+                )
         return found
 
     def forward(

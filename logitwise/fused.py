@@ -1,4 +1,4 @@
-"""A quantizer's weight in a few kernels instead of dozens: what a method writes as element-wise operations, compiled.
+"""A quantizer's weight in a few kernels instead of dozens: what a method writes operation by operation, compiled.
 
 On a GPU the operations of a small weight are bound by their launches and those of a large one by memory; compiled, each
 value is read and written once. torch's compiler takes half a minute before the first step, so short runs go without.
@@ -36,7 +36,7 @@ def pays(matrices: int, weights: int) -> bool:
 def compiled_weight(quantizer: Quantizer) -> Tensor:
     """`quantizer(0.0)`, compiled once for each method, grid and shape of weight."""
     with torch._dynamo.config.patch(recompile_limit=SHAPES), warnings.catch_warnings():
-        # Nothing here multiplies matrices.
+        # Matrices are multiplied here as elsewhere, in full float32.
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         return _compiled()(quantizer)
 

@@ -140,7 +140,12 @@ def _check_read(recipe: Recipe) -> None:
     method, objective = QUANTIZERS[recipe.method], OBJECTIVES[recipe.objective]
     cases: list[tuple[tuple[str, ...], bool, str, str]] = [  # keys, whether they are read, why not, what would help
         (OF_THE_REFIT, method.learns, f"{recipe.method} learns nothing", "choose another --method"),
-        (OF_THE_REFIT, objective.reads_head, f"{recipe.objective} fits each block alone", "choose another --objective"),
+        (
+            OF_THE_REFIT,
+            objective.reads_head,
+            f"{recipe.objective} fits final blocks as all others",
+            "choose another --objective",
+        ),
         (OF_THE_WINDOWS, method.learns, f"{recipe.method} learns nothing", "choose another --method"),
         (("stride", "grow"), recipe.window > 1, "windows of one block do not overlap", "choose a larger window"),
         (("shrink",), recipe.final_blocks != 1, "one final block is alone already", "ask for more --final-blocks"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
@@ -56,6 +56,12 @@ class Learning(_Frozen):
     per: Literal["step", "fit"] = Field("step", description="'fit': the rate is divided by the number of steps")
     schedule: Literal["cosine", "linear", "constant"]
     end: float = Field(0, ge=0, le=1, description="share of the rate that a schedule falls to")
+
+    @model_validator(mode="after")
+    def _falls(self) -> "Learning":
+        if self.schedule == "constant" and self.end:
+            raise ValueError("a constant rate falls to no end")
+        return self
 
 
 class Recipe(_Frozen):

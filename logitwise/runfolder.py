@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -51,21 +50,26 @@ class RunFolder:
         key: str,
         quantized: dict[str, Quantized],
         record: dict[str, Any],
-        state: Mapping[str, nn.Module] | None = None,
+        state: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         """A finished window: its slots by name, its figures, and what was learned where a later fit starts from it."""
         tensors: dict[str, Tensor] = {}
         for name, q in quantized.items():
             tensors |= {f"{name}:codes": q.codes, f"{name}:scale": q.scale, f"{name}:zero": q.zero}
-        for name, quantizer in (state or {}).items():
-            tensors |= {f"{name}:state:{part}": tensor for part, tensor in quantizer.state_dict().items()}
+        for name, parts in (state or {}).items():
+            tensors |= {f"{name}:state:{part}": tensor for part, tensor in parts.items()}
         self._write(key, tensors, record)
 
     def load_state(self, key: str, name: str, quantizer: nn.Module) -> None:
-        """Puts what was learned for a slot into its quantizer."""
-        with safe_open(self.path / f"{key}.safetensors", framework="pt") as file, torch.no_grad():
-            for part, tensor in quantizer.state_dict().items():  # which are the quantizer's own
-                tensor.copy_(file.get_tensor(f"{name}:state:{part}"))
+        """Puts what was learned for a slot into its quantizer; what was not stored stays as it is."""
+        state = {}
+        with safe_open(self.path / f"{key}.safetensors", framework="pt") as file:
+            stored = set(file.keys())
+            for part, tensor in quantizer.state_dict().items():
+                if (stored_as := f"{name}:state:{part}") in stored:
+                    state[part] = file.get_tensor(stored_as).clone().to(tensor.device)
+        # New tensors, since a quantizer may share its weight with the window.
+        quantizer.load_state_dict(state, strict=False, assign=True)
 
     def record(self, key: str) -> dict[str, Any]:
         """The figures of a finished window."""

@@ -9,7 +9,7 @@ fixed before the next is fitted.
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import filterfalse, zip_longest
@@ -23,7 +23,7 @@ from logitwise.fit import Data, Fitted, Window, fit, measure
 from logitwise.fused import pays
 from logitwise.grid import Quantized
 from logitwise.objectives import OBJECTIVES
-from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS, Quantizer
+from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS, InformedStart, Quantizer, Start
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder
 from logitwise.skeleton import Call, Head, Skeleton, Slot
@@ -73,9 +73,7 @@ class Walk:
             calls = self.skeleton.calls(self.rows.ids.shape[1])
             teacher = self.skeleton.embed(self.rows.ids, batch=self.at_once)
             student = at_fork = teacher.clone()
-            taught = (
-                0  # blocks that the teacher's hidden states have come through; the student's are where a window begins
-            )
+            taught = 0  # blocks that the teacher's hidden states have come through
             head: Head | None = None
             for step, following in zip_longest(fits, fits[1:]):
                 window = Window(self.skeleton, step.blocks, calls, self.kept, compiled)
@@ -93,6 +91,7 @@ class Walk:
                 if behind <= fork:
                     at_fork = student
             student = at_fork  # those at the end are not read any more
+            del window, quantized, weights
             made = made_by_mse(steps)
             for step, following in zip_longest(refits, refits[1:]):
                 window = Window(self.skeleton, step.blocks, calls, self.kept, compiled)
@@ -129,9 +128,6 @@ class Walk:
         choose = recipe.choose_last if step.refit else "held_out"
         schedule = Schedule(step.steps, step.batch, recipe.checks, learning, seed, choose, fresh is not None)
         quantizers = self._start(step, window, student)
-        for slot, quantizer in quantizers.items():
-            if key := step.starts[step.blocks.index(slot.block)]:
-                self.folder.load_state(key, slot.name, quantizer)
         settings = recipe.objective_settings if step.refit else {"left_out": recipe.left_out}
         objective = OBJECTIVES[step.objective](**settings)
         began = time.monotonic()
@@ -150,21 +146,41 @@ class Walk:
             against = replace(data, targets=teacher)
             record["held_out_kl"] = measure(window, weights, OBJECTIVES["lfq"](), head, against, recipe.batch)
         watcher.detail(_outcome(step, fitted, objective.unit, seconds))
-        state = {slot.name: quantizer for slot, quantizer in quantizers.items()} if step.keeps_state else {}
-        self.folder.save(step.key, {slot.name: q for slot, q in fitted.quantized.items()}, record, state)
+        codes = {slot.name: q for slot, q in fitted.quantized.items()}
+        self.folder.save(step.key, codes, record, self._state(step, quantizers))
         stage.advance(self._cost(step) - len(fitted.course.losses) * per_step)
         # What a fit leaves behind holds itself in cycles; a window's parameters must not wait for Python to look.
         gc.collect()
         return fitted.quantized
 
     def _start(self, step: Step, window: Window, student: Tensor) -> dict[Slot, Quantizer]:
-        """The quantizers before anything is learned."""
+        """The quantizers before this step learns: at the recipe's start, or at what an earlier step learned."""
         method, grid, start = QUANTIZERS[self.recipe.method], self.recipe.grid, self.recipe.start
-        if all(step.starts):  # what an earlier step learned will be put in their place
-            return window.quantizers(method, grid, STARTS["minmax"])
-        if start not in INFORMED:
-            return window.quantizers(method, grid, STARTS[start])
-        return window.quantizers(method, grid, INFORMED[start], window.moments(student[: step.train], self.at_once))
+        sources = dict(zip(step.blocks, step.starts, strict=True))
+        new = [slot for slot in window.slots if sources[slot.block] is None]
+        others: dict[Slot, Start] = {}
+        if new and start in INFORMED:
+            moments = window.moments(student[: step.train], self.at_once)
+            others = {slot: _informed(INFORMED[start], moments[slot]) for slot in new}
+        elif new:
+            others = dict.fromkeys(new, STARTS[start])
+        quantizers = window.quantizers(method, grid, STARTS["minmax"], others)
+        for slot, quantizer in quantizers.items():
+            if (key := sources[slot.block]) is not None:
+                self.folder.load_state(key, slot.name, quantizer)
+        return quantizers
+
+    def _state(self, step: Step, quantizers: Mapping[Slot, Quantizer]) -> dict[str, dict[str, Tensor]]:
+        """What a later step needs to go on from this one, by slot."""
+        if not step.keeps_state:
+            return {}
+        # The weight is the model's own, and stays where it is, but for starts that round another.
+        known = set() if self.recipe.start in INFORMED else {"weight"}
+        found = {}
+        for slot, quantizer in quantizers.items():
+            left_out = known & {name for name, _ in quantizer.named_buffers()}
+            found[slot.name] = {part: x for part, x in quantizer.state_dict().items() if part not in left_out}
+        return found
 
     def _fresh_data(self, before: list[Step], calls: list[Call]) -> Iterator[Data] | None:
         """New rows as the final blocks meet them; `before` are the steps of the blocks before those."""
@@ -213,6 +229,10 @@ class Walk:
         """Rough multiply-adds of a step, for the time left: what is shown, not what is decided."""
         asked = (self.recipe.checks + 1) * self.held_out * 1e-6 * self._parameters(step)
         return step.steps * self._cost_of_a_step(step) + asked + 2e-6 * len(self.rows) * self._parameters(step)
+
+
+def _informed(start: InformedStart, moments: Tensor) -> Start:
+    return lambda weight, grid: start(weight, grid, moments)
 
 
 def _outcome(step: Step, fitted: Fitted, unit: str, seconds: float) -> str:

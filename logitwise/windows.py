@@ -58,8 +58,8 @@ def plan_steps(recipe: Recipe, depth: int, root: str, digest: Callable[[int], st
         root: the key of what all depend on (model, versions).
         digest: of the first so many rows and of those held out.
 
-    The final blocks' MSE fits have the steps, rows and batch of the final blocks where they are what the objective's
-    fit is held against, and those of the other blocks where they are only what it starts from.
+    The final blocks' MSE fits have the steps, rows and batch of the final blocks, but those of the other blocks where
+    they are only what the objective's fit starts from.
 
     """
     fork, roles = depth - final_blocks(recipe, depth), roles_of(recipe)

@@ -51,7 +51,10 @@ def allowed(out: Path, preset: str | None = None, **changes: Any) -> None:
 def test_options_of_the_objectives_fit_are_refused_where_there_is_none(key: str, tmp_path: Path) -> None:
     given = {key: OF_THE_REFIT[key]}
     refused(
-        f"{key}.* is not read\n.*(mse fits each block alone|mse has no settings)", tmp_path, objective="mse", **given
+        f"{key}.* is not read\n.*(mse fits final blocks as all others|mse has no settings)",
+        tmp_path,
+        objective="mse",
+        **given,
     )
     refused(f"{key}.* is not read\n.*(rtn learns nothing|what is learned is nothing)", tmp_path, method="rtn", **given)
     allowed(tmp_path, **{"final_blocks": 2, **given})
@@ -101,7 +104,9 @@ def test_the_preset_of_the_whole_model_needs_something_to_learn_and_a_head_to_lo
     for changes in [{"method": "signround"}, {"objective": "hard_labels"}, {"polish": False}, {"fresh_last": True}]:
         allowed(tmp_path, "whole", **changes)
     refused("final_blocks is not read\n.*rtn learns nothing", tmp_path, preset="whole", method="rtn")
-    refused("final_blocks is not read\n.*mse fits each block alone", tmp_path, preset="whole", objective="mse")
+    refused(
+        "final_blocks is not read\n.*mse fits final blocks as all others", tmp_path, preset="whole", objective="mse"
+    )
 
 
 @pytest.mark.parametrize(("key", "value"), [("polish_fresh", True), ("fresh_last", True), ("temperature", 0.5)])

@@ -241,3 +241,9 @@ def test_no_option_is_there_that_nothing_reads() -> None:
 
 def test_every_option_says_what_it_is() -> None:
     assert [name for name, field in Recipe.model_fields.items() if not field.description and name != "seed"] == []
+
+
+def test_a_constant_rate_has_no_end() -> None:
+    constant = {"optimizer": "adam", "rate": 1e-3, "schedule": "constant", "end": 0.1}
+    with pytest.raises(RecipeError, match="falls to no end"):
+        Recipe.load(None, learning={"scale": constant})

@@ -11,6 +11,10 @@ from logitwise import stream
 from logitwise.calibration.rows import Rows
 from logitwise.errors import RecipeError
 from logitwise.fit import Data, Window, fit
+from logitwise.grid import Grid
+from logitwise.quantizers import QUANTIZERS, STARTS
+from logitwise.quantizers.informed import gptq
+from logitwise.quantizers.starts import StartPoint
 from logitwise.runfolder import RunFolder
 from logitwise.skeleton import Skeleton
 from logitwise.stream import Walk
@@ -100,6 +104,7 @@ def test_windows_that_cannot_be_are_refused() -> None:
         {"window": 2, "final_blocks": 2},
         {"window": 2, "grow": True, "objective": "mse"},
         {"window": 3, "stride": 2, "final_blocks": 2, "start_last": "mse"},
+        {"window": 2, "final_blocks": 2, "start": "gptq", "start_last": "mse"},
     ],
     ids=str,
 )
@@ -136,3 +141,36 @@ def test_each_window_is_fitted_on_what_comes_out_of_the_blocks_before_it(
                 window.advance(student, {slot: q.dequantize() for slot, q in codes.items()}, 4)
         assert torch.allclose(data.inputs, student, rtol=0, atol=1e-5), step.title
         assert torch.allclose(data.targets, teacher, rtol=0, atol=1e-5), step.title
+
+
+def test_only_blocks_that_are_new_are_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[int, ...]] = []
+
+    def counting(weight: torch.Tensor, grid: Grid, moments: torch.Tensor) -> StartPoint:
+        started.append(tuple(weight.shape))
+        return gptq(weight, grid, moments)
+
+    monkeypatch.setitem(stream.INFORMED, "gptq", counting)
+    skeleton = Skeleton(MemorySource(tiny_model("llama")), torch.device("cpu"), torch.float32)
+    ids = torch.randint(VOCABULARY, (12, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+    rows = Rows(ids[:, :-1], ids[:, 1:], torch.ones(12, TOKENS))
+    made = recipe(window=2, start="gptq", objective="mse")
+    steps = plan_steps(made, len(skeleton), "root")
+    Walk(skeleton, made, rows, 4, RunFolder(tmp_path / "run"), lambda slot: False).run(steps, SILENT)
+    assert len(started) == 7 * len(skeleton)
+
+
+def test_what_is_loaded_leaves_the_windows_weights_alone(tmp_path: Path) -> None:
+    skeleton = Skeleton(MemorySource(tiny_model("llama")), torch.device("cpu"), torch.float32)
+    window = Window(skeleton, range(1), skeleton.calls(TOKENS), lambda slot: False)
+    before = {key: weight.clone() for key, weight in window.weights[0].items()}
+    quantizers = window.quantizers(QUANTIZERS["flexround"], Grid(3, 16, False), STARTS["minmax"])
+    folder = RunFolder(tmp_path / "run")
+    states = {slot.name: {part: x + 1 for part, x in q.state_dict().items()} for slot, q in quantizers.items()}
+    folder.save("key", {}, {}, states)
+    for slot, quantizer in quantizers.items():
+        expected = quantizer.log_divisor.detach() + 1
+        folder.load_state("key", slot.name, quantizer)
+        assert torch.equal(quantizer.log_divisor, expected)
+        assert quantizer.log_divisor.requires_grad
+    assert all(torch.equal(window.weights[0][key], weight) for key, weight in before.items())

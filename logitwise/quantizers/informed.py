@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from logitwise.grid import Grid, codes_of, safe_scale, split
+from logitwise.grid import Grid, codes_of, merge, safe_scale, split
 from logitwise.quantizers.starts import StartPoint, group_range, of_grid, of_share, range_factor, searched
+
+NEARLY_HALF = 0.49
 
 DAMPING = 0.01
 """Share of the mean of the diagonal that is added to it, as GPTQ does."""
@@ -32,15 +34,15 @@ NEAR = 8
 
 
 def weighted(weight: Float[Tensor, "out in"], grid: Grid, moments: Float[Tensor, "inputs inputs"]) -> StartPoint:
-    """The best of 26 shares of each group's range, by the squared error, each input's counted by its second moment."""
+    """The best of 26 shares of each group's range, by the squared error, each input counted by its moment."""
     return of_share(weight, grid, range_factor(weight, grid, _importance(moments)))
 
 
 def neuqi(weight: Float[Tensor, "out in"], grid: Grid, moments: Float[Tensor, "inputs inputs"]) -> StartPoint:
     """Scale and zero point found together (NeUQI, ICML 2026, arXiv 2505.17595), by the same measure as `weighted`.
 
-    For each of 2,048 fractions of the min-max scale, coarse to fine, the best zero point. Theirs is any number, found
-    by a sweep; here it is a code, and those about the range's own are tried. A symmetric grid has the scale alone.
+    Of 2,048 fractions of the min-max scale 62 are tried, from coarse to fine, each with the best zero point. Theirs is
+    any number, found by a sweep; here it is a code near the range's own. A symmetric grid has the scale alone.
     """
     low, high = group_range(weight, grid)
     whole = (2 * torch.maximum(-low, high) if grid.symmetric else high - low) / grid.levels
@@ -107,7 +109,7 @@ def gptq(weight: Float[Tensor, "out in"], grid: Grid, moments: Float[Tensor, "in
             errors[:, column - first : column - first + 1] = error
         left[:, last:] -= errors @ upper[first:last, last:]
     scale, zero = (torch.cat([getattr(at, name) for at in grids], 1) for name in ("scale", "zero"))
-    return of_grid(rounded, grid, scale, zero)
+    return of_grid(_within(rounded, grid, scale, zero), grid, scale, zero)
 
 
 def quantease(weight: Float[Tensor, "out in"], grid: Grid, moments: Float[Tensor, "inputs inputs"]) -> StartPoint:
@@ -140,7 +142,16 @@ def quantease(weight: Float[Tensor, "out in"], grid: Grid, moments: Float[Tensor
             moved = what[:, block] - before
             pull[:, : block.start] -= moved @ moments[block, : block.start]
             pull[:, block.stop :] -= moved @ moments[block, block.stop :]
-    return of_grid(rounded, grid, at.scale, at.zero)
+    return of_grid(_within(rounded, grid, at.scale, at.zero), grid, at.scale, at.zero)
+
+
+def _within(
+    rounded: Float[Tensor, "out in"], grid: Grid, scale: Float[Tensor, "out groups"], zero: Float[Tensor, "out groups"]
+) -> Float[Tensor, "out in"]:
+    """The same codes, none from beyond the grid by more than half a step: what is far out cannot be learned."""
+    step, middle = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    low, high = step * (-middle - NEARLY_HALF), step * (grid.levels - middle + NEARLY_HALF)
+    return merge(split(rounded, scale.shape[1]).clamp(low, high))
 
 
 def _importance(moments: Float[Tensor, "inputs inputs"]) -> Float[Tensor, " inputs"]:
@@ -151,10 +162,11 @@ def _importance(moments: Float[Tensor, "inputs inputs"]) -> Float[Tensor, " inpu
 
 def _upper_root_of_inverse(moments: Float[Tensor, "inputs inputs"]) -> Tensor:
     """U with U^T U = M^-1, in float64; M's diagonal is damped, and 1 where an input was always 0."""
-    damped = moments.double().clone()
+    device = "cpu" if moments.device.type == "mps" else moments.device  # which has no float64
+    damped = moments.to(device, torch.float64, copy=True)
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean()
-    diagonal[moments.diagonal() == 0] = 1
+    diagonal[moments.diagonal().to(device) == 0] = 1
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return upper

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from logitwise.grid import Grid, Quantized, freeze, merge, round_through, safe_scale, split, store_through
 from logitwise.quantizers.base import Quantizer, Role
-from logitwise.quantizers.starts import Start, group_range
+from logitwise.quantizers.starts import Start
 
 WIDEST = 4.0
 LEAST_SCALE, LARGEST_SCALE = 1e-5, 1e4
+STORED = 0.01  # more than a stored scale is rounded by
 
 
 class LearnableClipping(Quantizer):
@@ -27,7 +28,8 @@ class LearnableClipping(Quantizer):
 
     Args:
         weight: float32 [out, in].
-        low_share, high_share: of each group's range at the start, [out, groups].
+        low, high: the ends of each group's range, [out, groups].
+        share: of it, what is covered at the start, [out, groups].
     """
 
     reads_progress = False
@@ -35,20 +37,25 @@ class LearnableClipping(Quantizer):
     low: Tensor
     high: Tensor
 
-    def __init__(self, weight: Tensor, low_share: Tensor, high_share: Tensor, grid: Grid) -> None:
+    def __init__(self, weight: Tensor, low: Tensor, high: Tensor, share: Tensor, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
-        low, high = group_range(weight, grid)
         self.register_buffer("weight", weight)
         self.register_buffer("low", low)
         self.register_buffer("high", high)
-        self.low_logit = nn.Parameter(torch.logit(low_share).clamp(-WIDEST, WIDEST))
-        self.high_logit = nn.Parameter(torch.logit(high_share).clamp(-WIDEST, WIDEST))
+        self.low_logit = nn.Parameter(torch.logit(share).clamp(max=WIDEST))
+        self.high_logit = nn.Parameter(torch.logit(share).clamp(max=WIDEST))
 
     @classmethod
     def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "LearnableClipping":
         at = start(weight, grid)
-        quantizer = cls(at.weight, at.low_share, at.high_share, grid)
+        low, high = at.low, at.high
+        if grid.symmetric:  # the larger side alone decides the scale, which is to be the start's but for its rounding
+            span = 2 * at.share * torch.maximum(-low, high)
+            fit = at.scale * grid.levels / span
+            other = (span > 0) & ((fit - 1).abs() > STORED)
+            low, high = (torch.where(other, end * fit, end) for end in (low, high))
+        quantizer = cls(at.weight, low, high, at.share, grid)
         safe_scale(quantizer._range()[0].detach(), grid)  # refuses one that overflows
         return quantizer
 

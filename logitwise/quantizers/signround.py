@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from logitwise.grid import Grid, Quantized, freeze, merge, round_through, safe_scale, split, store_through
 from logitwise.quantizers.base import Quantizer, Role
-from logitwise.quantizers.starts import Start, group_range
+from logitwise.quantizers.starts import Start
 
 LEAST_SCALE = 1e-5
 
@@ -24,7 +24,8 @@ class SignRound(Quantizer):
 
     Args:
         weight: float32 [out, in].
-        low_share, high_share: of each group's range at the start, [out, groups].
+        low, high: the ends of each group's range, [out, groups].
+        share: of it, what is covered at the start, [out, groups].
     """
 
     reads_progress = False
@@ -32,21 +33,20 @@ class SignRound(Quantizer):
     low: Tensor
     high: Tensor
 
-    def __init__(self, weight: Tensor, low_share: Tensor, high_share: Tensor, grid: Grid) -> None:
+    def __init__(self, weight: Tensor, low: Tensor, high: Tensor, share: Tensor, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
-        low, high = group_range(weight, grid)
         self.register_buffer("weight", weight)
         self.register_buffer("low", low)
         self.register_buffer("high", high)
         self.offset = nn.Parameter(torch.zeros_like(weight))
-        self.low_factor = nn.Parameter(low_share.clone())
-        self.high_factor = nn.Parameter(high_share.clone())
+        self.low_factor = nn.Parameter(share.clone())
+        self.high_factor = nn.Parameter(share.clone())
 
     @classmethod
     def start(cls, weight: Float[Tensor, "out in"], grid: Grid, start: Start) -> "SignRound":
         at = start(weight, grid)
-        quantizer = cls(at.weight, at.low_share, at.high_share, grid)
+        quantizer = cls(at.weight, at.low, at.high, at.share, grid)
         safe_scale(quantizer._scale().detach(), grid)  # refuses one that overflows
         return quantizer
 

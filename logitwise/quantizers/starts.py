@@ -17,20 +17,23 @@ class StartPoint:
     Args:
         weight: what is rounded to the nearest code: the weight, or one that makes up for others' errors, [out, in].
         scale, zero: of each group, float32 [out, groups], the scale as it is stored.
-        low_share, high_share: the share of each group's range below and above zero that the codes cover, 0 to 1.
+        low, high: the ends of each group's range, zero between them, [out, groups].
+        share: of that range, what the codes cover at the start, on both sides of zero alike, 0 to 1.
     """
 
     weight: Float[Tensor, "out in"]
     scale: Float[Tensor, "out groups"]
     zero: Float[Tensor, "out groups"]
-    low_share: Float[Tensor, "out groups"]
-    high_share: Float[Tensor, "out groups"]
+    low: Float[Tensor, "out groups"]
+    high: Float[Tensor, "out groups"]
+    share: Float[Tensor, "out groups"]
 
 
 Start = Callable[[Tensor, Grid], StartPoint]
 """A weight [out, in] and its grid -> where its fit starts."""
 
 FACTORS = tuple(1.0 - 0.02 * step for step in range(26))
+NEARLY_ALL = 0.98
 ERROR_EXPONENT = 2.4  # FlexRound's and GPTQ's range search
 
 
@@ -72,21 +75,15 @@ def of_share(weight: Float[Tensor, "out in"], grid: Grid, share: Float[Tensor, "
     Errors: RecipeError where a scale overflows its stored type.
     """
     low, high = group_range(weight, grid)
-    return StartPoint(weight, *scale_of_range(share * low, share * high, grid), share, share)
+    return StartPoint(weight, *scale_of_range(share * low, share * high, grid), low, high, share)
 
 
 def of_grid(
     weight: Float[Tensor, "out in"], grid: Grid, scale: Float[Tensor, "out groups"], zero: Float[Tensor, "out groups"]
 ) -> StartPoint:
-    """A grid that was found otherwise. The shares are the nearest that there are: codes may reach beyond the range."""
-    low, high = group_range(weight, grid)
-    if grid.symmetric:
-        span = 2 * torch.maximum(-low, high)
-        low_share = high_share = torch.where(span > 0, scale * grid.levels / span, 1.0).clamp(max=1)
-    else:
-        low_share = torch.where(low < 0, zero * scale / -low, 1.0).clamp(max=1)
-        high_share = torch.where(high > 0, (grid.levels - zero) * scale / high, 1.0).clamp(max=1)
-    return StartPoint(weight, scale, zero, low_share, high_share)
+    """A grid that was found otherwise; its range is a little wider than its codes, so that shares may grow too."""
+    low, high = -zero * scale / NEARLY_ALL, (grid.levels - zero) * scale / NEARLY_ALL
+    return StartPoint(weight, scale, zero, low, high, torch.full_like(scale, NEARLY_ALL))
 
 
 def minmax(weight: Float[Tensor, "out in"], grid: Grid) -> StartPoint:

@@ -11,7 +11,17 @@ from torch import Tensor
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid, codes_of, freeze
 from logitwise.quantizers import INFORMED, QUANTIZERS
-from logitwise.quantizers.informed import DAMPING, FRACTIONS, LAST_FREE_SWEEP, SWEEPS, gptq, neuqi, quantease, weighted
+from logitwise.quantizers.informed import (
+    DAMPING,
+    FRACTIONS,
+    LAST_FREE_SWEEP,
+    NEARLY_HALF,
+    SWEEPS,
+    gptq,
+    neuqi,
+    quantease,
+    weighted,
+)
 from logitwise.quantizers.starts import FACTORS, StartPoint, group_range, searched
 
 ROWS, COLUMNS = 4, 24
@@ -165,7 +175,8 @@ def test_quantease_is_the_descent_of_the_formula(grid: Grid, at_once: int, monke
     scale, zero = (x.double().repeat_interleave(COLUMNS // x.shape[1], 1).numpy() for x in (at.scale, at.zero))
     what = values(start, grid).double().numpy()
     rounded = plain_quantease(weight.double().numpy(), moments.double().numpy(), scale, zero, what, grid.levels)
-    np.testing.assert_allclose(at.weight.numpy(), rounded, rtol=1e-3, atol=1e-3)
+    within = np.clip(rounded, scale * (-zero - NEARLY_HALF), scale * (grid.levels - zero + NEARLY_HALF))
+    np.testing.assert_allclose(at.weight.numpy(), within, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -205,20 +216,35 @@ def test_inputs_that_are_always_zero_and_weights_that_are_do_no_harm(start: str,
             assert (found - weight)[:, 8:16].square().sum() < 0.7 * weight[:, 8:16].square().sum()
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("start", INFORMED)
 @pytest.mark.parametrize("method", QUANTIZERS)
-def test_every_method_starts_there(method: str, start: str) -> None:
-    grid = Grid(3, 8, False)
+def test_every_method_starts_there(method: str, start: str, grid: Grid) -> None:
     weight, moments = layer()
     at = INFORMED[start](weight, grid, moments)
     quantizer = QUANTIZERS[method].start(weight, grid, lambda weight, grid: at)
-    found = quantizer(1.0)
+    found, expected = quantizer(1.0), values(at, grid)
     assert torch.equal(found, quantizer.freeze().dequantize())
-    if method in ("signround", "lwc"):  # their ranges do not reach beyond the weights', a grid may
-        inside = ((at.low_share < 0.98) & (at.high_share < 0.98)).repeat_interleave(8, 1)
-        assert torch.allclose(found[inside], values(at, grid)[inside], rtol=2e-3, atol=1e-6)
-    else:
-        assert torch.equal(found, values(at, grid))
+    # A scale that is found again from a range or a logarithm may differ in its last stored bit.
+    step = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}[grid.scale_dtype]
+    same = torch.isclose(found, expected, rtol=step, atol=1e-6)
+    if method == "lwc":  # starts that cover the whole range are at the published share
+        same = same[(at.share < 0.982).repeat_interleave(COLUMNS // at.share.shape[1], 1)]
+    if not (method == "signround" and grid.symmetric and start == "weighted"):  # whose grid is another one
+        assert same.float().mean() > 0.98  # and a code with it, now and then
+
+
+def test_what_is_rounded_lies_on_the_grid() -> None:
+    """A weight far beyond the last code has no gradient."""
+    weight, moments = layer()
+    moments = moments * torch.outer(scales := torch.logspace(-2, 2, COLUMNS), scales)
+    for start in ("gptq", "quantease"):
+        for grid in GRIDS:
+            at = INFORMED[start](weight, grid, moments)
+            codes = at.weight / at.scale.repeat_interleave(COLUMNS // at.scale.shape[1], 1)
+            zero = at.zero.repeat_interleave(COLUMNS // at.zero.shape[1], 1)
+            assert (codes + zero > -0.5).all()
+            assert (codes + zero < grid.levels + 0.5).all()
 
 
 @pytest.mark.parametrize("start", INFORMED)

@@ -9,6 +9,7 @@ from helpers import assert_finite_differences
 from logitwise.grid import Grid
 from logitwise.quantizers import STARTS, lwc
 from logitwise.quantizers.lwc import LearnableClipping
+from logitwise.quantizers.starts import group_range
 
 RATE = 1e-2
 
@@ -102,7 +103,8 @@ def test_gradients_are_finite_differences_of_the_frozen_rounding(
 ) -> None:
     weight = torch.from_numpy(layer()[0])
     factor = torch.full((ROWS, 3), 0.7, dtype=torch.float64)
-    quantizer = LearnableClipping(weight, factor, factor, Grid(3, 4, symmetric, torch.float32))
+    grid = Grid(3, 4, symmetric, torch.float32)
+    quantizer = LearnableClipping(weight, *group_range(weight, grid), factor, grid)
     # At a code of either end the clamp has a kink: what lies there is moved inward, and the outermost weights are out.
     scale, zero = (x.detach().expand(ROWS, 3, 4).flatten(1) for x in quantizer._scale_and_zero())
     code = (weight / scale).round() + zero

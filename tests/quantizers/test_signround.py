@@ -10,6 +10,7 @@ from logitwise.descent import SignSGD
 from logitwise.grid import Grid
 from logitwise.quantizers import STARTS, signround
 from logitwise.quantizers.signround import SignRound
+from logitwise.quantizers.starts import group_range
 
 
 def stored(x: float) -> float:
@@ -69,7 +70,7 @@ def test_thirty_steps_are_those_of_the_formula(start: str, bits: int, size: int 
     x = torch.from_numpy(inputs)
     optimizer = SignSGD([{"params": list(quantizer.parameters()), "lr": 1 / STEPS}])
     offset = np.zeros_like(weight)
-    alpha = STARTS[start](torch.from_numpy(weight), grid).low_share.double().numpy().copy()
+    alpha = STARTS[start](torch.from_numpy(weight), grid).share.double().numpy().copy()
     beta = alpha.copy()
     start_codes = quantizer.freeze().codes
     for step in range(STEPS):
@@ -131,7 +132,8 @@ def test_gradients_are_finite_differences_of_the_frozen_rounding(
 ) -> None:
     weight, _ = layer()
     share = torch.full((ROWS, 3), 0.9, dtype=torch.float64)
-    quantizer = SignRound(torch.from_numpy(weight), share, share, Grid(3, 4, symmetric, torch.float32))
+    grid = Grid(3, 4, symmetric, torch.float32)
+    quantizer = SignRound(torch.from_numpy(weight), *group_range(torch.from_numpy(weight), grid), share, grid)
     with torch.no_grad():  # the end codes are kinks of the clamp: off them, some inside and some outside
         quantizer.low_factor -= 0.1
         stored = quantizer.freeze()
