@@ -91,10 +91,10 @@ class Window:
         return found
 
     def forward(
-        self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor]
+        self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor], blocks: range | None = None
     ) -> Float[Tensor, "rows tokens d"]:
-        """The window's output, with the float32 weights [out, in] of some slots replaced."""
-        for block in self.blocks:
+        """The output of the window, or of these of its blocks, with the float32 weights [out, in] of some replaced."""
+        for block in self.blocks if blocks is None else blocks:
             hidden = self._run(block, hidden, replaced)
         return hidden
 
@@ -140,11 +140,8 @@ class Window:
     ) -> None:
         """`hidden` in place becomes the window's output, or that of these of its blocks."""
         for start in range(0, hidden.shape[0], batch):
-            part = hidden[start : start + batch]
-            left = part
-            for block in self.blocks if blocks is None else blocks:
-                left = self._run(block, left, replaced)
-            part.copy_(left)
+            part = slice(start, start + batch)
+            hidden[part] = self.forward(hidden[part], replaced, blocks)
 
 
 @dataclass(frozen=True)

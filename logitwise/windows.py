@@ -60,7 +60,6 @@ def plan_steps(recipe: Recipe, depth: int, root: str, digest: Callable[[int], st
 
     The final blocks' MSE fits have the steps, rows and batch of the final blocks, but those of the other blocks where
     they are only what the objective's fit starts from.
-
     """
     fork, roles = depth - final_blocks(recipe, depth), roles_of(recipe)
     common = dict(
@@ -88,9 +87,9 @@ def plan_steps(recipe: Recipe, depth: int, root: str, digest: Callable[[int], st
         own = dict(blocks=[blocks[0], blocks[-1]], objective=objective, steps=length, batch=batch, rows=train)
         own |= dict(digest=digest(train), learning=learning, starts=starts, keeps_state=keeps_state)
         before = steps
-        if objective == "mse":
+        if not refit:
             own |= dict(left_out=recipe.left_out)
-        if refit:
+        else:
             own |= dict(settings=recipe.objective_settings, teacher=recipe.teacher_last, choose=recipe.choose_last)
             own |= dict(fresh=recipe.fresh_last and [recipe.calibration, recipe.temperature])
             # What the blocks before these are; of earlier fits of these themselves only `starts` counts.

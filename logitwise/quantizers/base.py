@@ -3,10 +3,11 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from logitwise.grid import Grid, Quantized
+from logitwise.grid import Grid, Quantized, freeze, merge
 from logitwise.quantizers.starts import Start
 
 Role = Literal["scale", "zero", "weight", "rounding", "range"]
@@ -46,3 +47,28 @@ class Quantizer(nn.Module, ABC):
     def after_step(self) -> None:
         """Called after each optimiser step: puts parameters back into their bounds."""
         return None
+
+
+class AffineQuantizer(Quantizer):
+    """A weight whose scale, zero point and codes are computed anew from what is learned."""
+
+    grid: Grid
+
+    @abstractmethod
+    def scale_and_zero(self) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
+        """Scales as they are stored, and zero points, both float."""
+
+    @abstractmethod
+    def codes(
+        self, scale: Float[Tensor, "out groups 1"], zero: Float[Tensor, "out groups 1"]
+    ) -> Float[Tensor, "out groups size"]:
+        """Codes on that grid, as floats."""
+
+    def forward(self, progress: float) -> Float[Tensor, "out in"]:
+        scale, zero = self.scale_and_zero()
+        return merge(scale * (self.codes(scale, zero) - zero))
+
+    @torch.no_grad()
+    def freeze(self) -> Quantized:
+        scale, zero = self.scale_and_zero()
+        return freeze(merge(self.codes(scale, zero)), scale.squeeze(-1), zero.squeeze(-1), self.grid)

@@ -6,18 +6,17 @@ W [out, in], s and z [out, groups] are all learned. As in the authors' code s is
 and clamped to [0, 2^bits - 1] with gradients passed unchanged. A symmetric grid's z is fixed; that is ours.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from logitwise.grid import Grid, Quantized, clamp_through, freeze, merge, round_through, split, store_through
-from logitwise.quantizers.base import Quantizer, Role
+from logitwise.grid import Grid, clamp_through, round_through, split, store_through
+from logitwise.quantizers.base import AffineQuantizer, Role
 from logitwise.quantizers.starts import Start
 
 LEAST_SCALE, LARGEST_SCALE = 1e-4, 1e4
 
 
-class BlockAP(Quantizer):
+class BlockAP(AffineQuantizer):
     """One weight under Block-AP.
 
     Args:
@@ -43,25 +42,16 @@ class BlockAP(Quantizer):
         at = start(weight, grid)
         return cls(at.weight, at.scale, at.zero, grid)
 
-    def forward(self, progress: float) -> Float[Tensor, "out in"]:
-        scale, zero = self._scale_and_zero()
-        return merge(scale * (self._codes(scale, zero) - zero))
-
-    def _scale_and_zero(self) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
+    def scale_and_zero(self) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
         scale = store_through(clamp_through(self.scale, LEAST_SCALE, LARGEST_SCALE), self.grid.scale_dtype)
         zero = clamp_through(round_through(self.zero), 0, self.grid.levels)
         return scale.unsqueeze(-1), zero.unsqueeze(-1)
 
-    def _codes(
+    def codes(
         self, scale: Float[Tensor, "out groups 1"], zero: Float[Tensor, "out groups 1"]
     ) -> Float[Tensor, "out groups size"]:
         rounded = round_through(split(self.weight, self.scale.shape[1]) / scale)
         return (rounded + zero).clamp(0, self.grid.levels)
-
-    @torch.no_grad()
-    def freeze(self) -> Quantized:
-        scale, zero = self._scale_and_zero()
-        return freeze(merge(self._codes(scale, zero)), scale.squeeze(-1), zero.squeeze(-1), self.grid)
 
     def groups(self) -> dict[Role, list[nn.Parameter]]:
         learned: dict[Role, list[nn.Parameter]] = {"weight": [self.weight], "scale": [self.scale]}

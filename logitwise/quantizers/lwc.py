@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from logitwise.grid import Grid, Quantized, freeze, merge, round_through, safe_scale, split, store_through
-from logitwise.quantizers.base import Quantizer, Role
+from logitwise.grid import Grid, round_through, safe_scale, split, store_through
+from logitwise.quantizers.base import AffineQuantizer, Role
 from logitwise.quantizers.starts import Start
 
 WIDEST = 4.0
@@ -23,7 +23,7 @@ LEAST_SCALE, LARGEST_SCALE = 1e-5, 1e4
 STORED = 0.01  # more than a stored scale is rounded by
 
 
-class LearnableClipping(Quantizer):
+class LearnableClipping(AffineQuantizer):
     """One weight whose ranges are learned.
 
     Args:
@@ -59,33 +59,24 @@ class LearnableClipping(Quantizer):
         safe_scale(quantizer._range()[0].detach(), grid)  # refuses one that overflows
         return quantizer
 
-    def forward(self, progress: float) -> Float[Tensor, "out in"]:
-        scale, zero = self._scale_and_zero()
-        return merge(scale * (self._codes(scale, zero) - zero))
-
     def _range(self) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
         """The scale before it is bounded and rounded to its stored type, and the low end."""
         low, high = self.low_logit.sigmoid() * self.low, self.high_logit.sigmoid() * self.high
         span = 2 * torch.maximum(-low, high) if self.grid.symmetric else high - low
         return span / self.grid.levels, low
 
-    def _scale_and_zero(self) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
+    def scale_and_zero(self) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
         scale, low = self._range()
         scale = store_through(scale.clamp(LEAST_SCALE, LARGEST_SCALE), self.grid.scale_dtype).unsqueeze(-1)
         if self.grid.symmetric:
             return scale, torch.full_like(scale, float(self.grid.middle))
         return scale, (-low.unsqueeze(-1) / scale).detach().round().clamp(0, self.grid.levels)
 
-    def _codes(
+    def codes(
         self, scale: Float[Tensor, "out groups 1"], zero: Float[Tensor, "out groups 1"]
     ) -> Float[Tensor, "out groups size"]:
         rounded = round_through(split(self.weight, self.low.shape[1]) / scale)
         return (rounded + zero).clamp(0, self.grid.levels)
-
-    @torch.no_grad()
-    def freeze(self) -> Quantized:
-        scale, zero = self._scale_and_zero()
-        return freeze(merge(self._codes(scale, zero)), scale.squeeze(-1), zero.squeeze(-1), self.grid)
 
     def groups(self) -> dict[Role, list[nn.Parameter]]:
         return {"range": [self.low_logit, self.high_logit]}

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from logitwise.grid import Grid, Quantized, freeze, merge, round_through, safe_scale, split, store_through
-from logitwise.quantizers.base import Quantizer, Role
+from logitwise.grid import Grid, round_through, safe_scale, split, store_through
+from logitwise.quantizers.base import AffineQuantizer, Role
 from logitwise.quantizers.starts import Start
 
 LEAST_SCALE = 1e-5
 
 
-class SignRound(Quantizer):
+class SignRound(AffineQuantizer):
     """One weight under SignRound.
 
     Args:
@@ -50,10 +50,6 @@ class SignRound(Quantizer):
         safe_scale(quantizer._scale().detach(), grid)  # refuses one that overflows
         return quantizer
 
-    def forward(self, progress: float) -> Float[Tensor, "out in"]:
-        scale, zero = self._scale_and_zero()
-        return merge(scale * (self._codes(scale, zero) - zero))
-
     def _scale(self) -> Float[Tensor, "out groups"]:
         """The scale before it is rounded to its stored type, its magnitude at least 1e-5."""
         low, high = self.low_factor * self.low, self.high_factor * self.high
@@ -64,25 +60,19 @@ class SignRound(Quantizer):
             scale = (high - low) / self.grid.levels
         return torch.where(scale < 0, scale.clamp(max=-LEAST_SCALE), scale.clamp(min=LEAST_SCALE))
 
-    def _scale_and_zero(self) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
+    def scale_and_zero(self) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
         scale = store_through(self._scale(), self.grid.scale_dtype).unsqueeze(-1)
         if self.grid.symmetric:
             return scale, torch.full_like(scale, float(self.grid.middle))
         low = (self.low_factor * self.low).unsqueeze(-1)
         return scale, round_through(-low / scale).clamp(0, self.grid.levels)
 
-    def _codes(
+    def codes(
         self, scale: Float[Tensor, "out groups 1"], zero: Float[Tensor, "out groups 1"]
     ) -> Float[Tensor, "out groups size"]:
         groups = self.low.shape[1]
         divided = split(self.weight, groups) / scale + split(self.offset, groups)
         return (round_through(divided) + zero).clamp(0, self.grid.levels)
-
-    @torch.no_grad()
-    def freeze(self) -> Quantized:
-        scale, zero = self._scale_and_zero()
-        codes = self._codes(scale, zero)
-        return freeze(merge(codes), scale.squeeze(-1), zero.squeeze(-1), self.grid)
 
     def groups(self) -> dict[Role, list[nn.Parameter]]:
         return {"rounding": [self.offset], "range": [self.low_factor, self.high_factor]}
