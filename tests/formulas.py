@@ -5,7 +5,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from helpers import assert_finite_differences
 from numpy.typing import NDArray
+
+from logitwise.quantizers import Quantizer
 
 Array = NDArray[np.float64]
 
@@ -68,3 +71,19 @@ def freeze_rounding(monkeypatch: pytest.MonkeyPatch, module: ModuleType, functio
         return x + added[key]
 
     monkeypatch.setattr(module, function, frozen)
+
+
+def assert_slopes_of_the_frozen_rounding(
+    quantizer: Quantizer, name: str, upstream: torch.Tensor, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parameter's gradient is that of finite differences while what rounding adds stays as it is."""
+    (quantizer(0.0) * upstream).sum().backward()
+    for function in ("round_through", "store_through"):
+        freeze_rounding(monkeypatch, module, function)
+
+    @torch.no_grad()
+    def value() -> float:
+        return float((quantizer(0.0) * upstream).sum())
+
+    value()
+    assert_finite_differences(quantizer.get_parameter(name), value)

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from formulas import COLUMNS, ROWS, STEPS, Array, freeze_rounding, layer
-from helpers import assert_finite_differences
+from formulas import COLUMNS, ROWS, STEPS, Array, assert_slopes_of_the_frozen_rounding, layer
 
 from logitwise.descent import SignSGD
 from logitwise.grid import Grid
@@ -142,14 +141,4 @@ def test_gradients_are_finite_differences_of_the_frozen_rounding(
         inward = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(COLUMNS // 2)
         quantizer.offset += torch.where((rounded == 0) | (rounded == 7), inward, 0.0)
     upstream = torch.from_numpy(np.random.default_rng(1).normal(size=weight.shape))
-    (quantizer(0.0) * upstream).sum().backward()
-    parameter = quantizer.get_parameter(name)
-    for function in ("round_through", "store_through"):
-        freeze_rounding(monkeypatch, signround, function)
-
-    @torch.no_grad()
-    def value() -> float:
-        return float((quantizer(0.0) * upstream).sum())
-
-    value()
-    assert_finite_differences(parameter, value)
+    assert_slopes_of_the_frozen_rounding(quantizer, name, upstream, signround, monkeypatch)
