@@ -1,7 +1,7 @@
 """The pictures of docs/.
 
 python benchmarks/pictures.py --out docs/pictures --results docs/results/lfq_variants_w2_h100.json
-    docs/results/lfq_whole_w2g64_h100.json --own-text docs/results/own_text_h100.json
+    --own-text docs/results/own_text_h100.json
 """
 
 import argparse

@@ -9,7 +9,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from processes import alone
+from processes import few
 
 from logitwise.calibration.chat import prompt_ids
 from logitwise.calibration.generate import Sampler, answer, end_ids
@@ -62,7 +62,7 @@ def accuracy(source: Source, device: torch.device, problems: list[tuple[str, Any
 
     tokenizer, greedy = source.tokenizer(), Sampler(0, torch.Generator())
     prompts = [prompt_ids(tokenizer, problem.prompt) for _, problem in problems]
-    with alone():
+    with few():
         model = load_whole(source, device, torch.float32)
         answers = answer(model, prompts, end_ids(model, tokenizer), ANSWER_TOKENS, 10**9, greedy)
         del model

@@ -9,9 +9,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -42,13 +42,25 @@ def each_grid_and_seed(given: argparse.Namespace, *more: str) -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """One process at a time: for what takes much of the memory of a GPU that processes share, which it gets back."""
-    with (Path(tempfile.gettempdir()) / "logitwise-benchmarks.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def few(most: int = 2) -> Iterator[None]:
+    """At most so many processes at a time: for what takes much of the memory of a GPU that processes share."""
+    with ExitStack() as stack:
+        names = (Path(tempfile.gettempdir()) / f"logitwise-{index}.lock" for index in range(most))
+        files = [stack.enter_context(name.open("w")) for name in names]
+        while not any(free(file) for file in files):
+            time.sleep(0.05)
         empty()
         yield
         empty()
+
+
+def free(file: IO[str]) -> bool:
+    """Whether no other process holds the lock of a file; if so, this one does from now on."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def empty() -> None:

@@ -1,8 +1,9 @@
 """Markdown tables of what benchmarks/lfq_variants.py found, with paired bootstrap intervals.
 
-    python benchmarks/tables.py results.json [more.json ...] [--where development] [--against mse]
+    python benchmarks/tables.py results.json [more.json ...] [--against mse]
 
-An interval is over rows, which are drawn again 10,000 times, the same ones for both variants; seeds are averaged first.
+An interval is over development rows, which are drawn again 10,000 times, the same ones for both variants; seeds are
+averaged first. Top-1, perplexity and the KL of each kind of text are of the final rows, where there are any.
 """
 
 import argparse
@@ -14,45 +15,47 @@ from typing import Any
 import numpy as np
 
 DRAWS = 10_000
+PLACES = {"final both": "final rows", "final solutions": "of them solutions", "final chat": "chat"}
 
 
 def main() -> None:
     """Prints a table for each grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--where", default="development")
     parser.add_argument("--against", default="mse")
     given = parser.parse_args()
     grids: dict[str, dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     for file in given.files:
         for row in json.loads(file.read_text())["results"]:
-            own = {"accuracy": row.get("accuracy"), "fell_back": fell_back(row)}
             kind = row.get("calibration", "both")
             grid = row["grid"] if kind == "both" else f"{row['grid']}, calibrated on {kind}"
-            grids[grid][row["variant"]][row["seed"]] = {**row["figures"][given.where], **own}
+            grids[grid][row["variant"]][row["seed"]] = row
     for grid, variants in grids.items():
-        print(f"\n{grid}, {given.where} rows\n")
-        asked = any(found["accuracy"] for by_seed in variants.values() for found in by_seed.values())
-        end = " accuracy |" if asked else ""
-        print(f"| variant | seeds | KL | less than {given.against}, 95 % | top-1 | perplexity |{end}")
-        print("|---" * (7 if asked else 6) + "|")
+        rows = [row for by_seed in variants.values() for row in by_seed.values()]
+        places = {place: PLACES[place] for place in PLACES if all(place in row["figures"] for row in rows)}
+        columns = ["variant", "seeds", "KL, development", f"less than {given.against}, 95 %", *places.values()]
+        asked = any(row.get("accuracy") for row in rows)
+        columns += ["top-1", "perplexity", *(["accuracy"] if asked else [])]
+        print(f"\n{grid}\n\n| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
         for name, by_seed in variants.items():
-            back = sum(found["fell_back"] for found in by_seed.values())
-            mark = f" (MSE fit kept in {back} of {len(by_seed)})" if back else ""
-            right = f" {accuracy([found['accuracy'] for found in by_seed.values()])} |" if asked else ""
-            print(f"| {name}{mark} | {line(by_seed, variants.get(given.against, {}))} |{right}")
+            found = list(by_seed.values())
+            back = sum(fell_back(row) for row in found)
+            mark = f" (MSE fit kept in {back} of {len(found)})" if back else ""
+            cells = [f"{name}{mark}", str(len(found)), f"{mean(found, 'development', 'kl'):.4f}"]
+            cells += [interval(by_seed, variants.get(given.against, {}))]
+            cells += [f"{mean(found, place, 'kl'):.4f}" for place in places]
+            last = next(iter(places), "development")
+            cells += [f"{mean(found, last, 'top1'):.4f}", f"{mean(found, last, 'perplexity'):.3f}"]
+            cells += (
+                [accuracy([row["accuracy"] for row in found if row.get("accuracy")])] if "accuracy" in columns else []
+            )
+            print(f"| {' | '.join(cells)} |")
         harder(variants)
 
 
-def line(by_seed: dict[int, Any], against: dict[int, Any]) -> str:
-    """The cells of a variant: means over its seeds, and the interval of what it gains on the seeds of both."""
-
-    def mean(figure: str) -> float:
-        return float(np.mean([found[figure]["mean"] for found in by_seed.values()]))
-
-    shared = sorted(set(by_seed) & set(against))
-    gain = "" if by_seed is against or not shared else interval(by_seed, against, shared)
-    return f"{len(by_seed)} | {mean('kl'):.4f} | {gain} | {mean('top1'):.4f} | {mean('perplexity'):.3f}"
+def mean(rows: list[dict[str, Any]], place: str, figure: str) -> float:
+    """A figure on some rows of text, averaged over seeds."""
+    return float(np.mean([row["figures"][place][figure]["mean"] for row in rows]))
 
 
 def fell_back(row: dict[str, Any]) -> bool:
@@ -62,13 +65,15 @@ def fell_back(row: dict[str, Any]) -> bool:
 
 def harder(variants: dict[str, dict[int, Any]]) -> None:
     """A table of problems longer than the model was made for, where they were asked: a column for each kind."""
-    given = [found["accuracy"] or {} for by_seed in variants.values() for found in by_seed.values()]
+    given = [found.get("accuracy") or {} for by_seed in variants.values() for found in by_seed.values()]
     kinds = list(dict.fromkeys(kind for tasks in given for kind in tasks if is_harder(kind)))
     if kinds:
         print("\n| variant | " + " | ".join(kinds) + " |\n" + "|---" * (len(kinds) + 1) + "|")
     for name, by_seed in variants.items():
         if kinds:
-            cells = (share([(found["accuracy"] or {}).get(kind, []) for found in by_seed.values()]) for kind in kinds)
+            cells = (
+                share([(found.get("accuracy") or {}).get(kind, []) for found in by_seed.values()]) for kind in kinds
+            )
             print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -77,9 +82,9 @@ def is_harder(kind: str) -> bool:
     return " of " in kind
 
 
-def accuracy(by_seed: list[dict[str, list[int]] | None]) -> str:
+def accuracy(by_seed: list[dict[str, list[int]]]) -> str:
     """The share of problems answered right over the five tasks."""
-    return share([answers for tasks in by_seed for kind, answers in (tasks or {}).items() if not is_harder(kind)])
+    return share([answers for tasks in by_seed for kind, answers in tasks.items() if not is_harder(kind)])
 
 
 def share(answers: list[list[int]]) -> str:
@@ -91,10 +96,14 @@ def share(answers: list[list[int]]) -> str:
     return f"{mean:.3f} ± {(mean * (1 - mean) / len(right)) ** 0.5:.3f}"
 
 
-def interval(one: dict[int, Any], other: dict[int, Any], seeds: list[int]) -> str:
-    """How much less the KL of `one` is than that of `other`, and its 95 % interval."""
-    sums = np.mean([np.subtract(other[s]["kl_by_row"], one[s]["kl_by_row"])[:, 0] for s in seeds], axis=0)
-    counts = np.array(one[seeds[0]]["kl_by_row"])[:, 1]
+def interval(one: dict[int, Any], other: dict[int, Any]) -> str:
+    """How much less the KL of `one` is than that of `other` on the seeds of both, and its 95 % interval."""
+    seeds = sorted(set(one) & set(other))
+    if one is other or not seeds:
+        return ""
+    one, other = ({seed: rows[seed]["figures"]["development"]["kl_by_row"] for seed in seeds} for rows in (one, other))
+    sums = np.mean([np.subtract(other[seed], one[seed])[:, 0] for seed in seeds], axis=0)
+    counts = np.array(one[seeds[0]])[:, 1]
     drawn = np.random.default_rng(0).integers(len(counts), size=(DRAWS, len(counts)))
     low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
     return f"{sums.sum() / counts.sum():.4f} ({low:.4f} to {high:.4f})"

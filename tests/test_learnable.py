@@ -1,6 +1,7 @@
 """Blocks to go backward through: recomputed or recorded, they are the plain composition."""
 
 from functools import partial
+from typing import cast
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_what_changes_or_is_large_is_not_recorded(reason: str) -> None:
 def test_a_recorded_window_learns_what_one_run_again_learns(
     method: str, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    found: list[list[Tensor]] = []
     for recorded in (learnable.RECORDED_WEIGHTS, 0):
         monkeypatch.setattr(learnable, "RECORDED_WEIGHTS", recorded)
         skeleton = Skeleton(MemorySource(tiny_model("llama")), torch.device("cuda"), torch.float32)
@@ -117,8 +118,12 @@ def test_a_recorded_window_learns_what_one_run_again_learns(
         window = Window(skeleton, last, skeleton.calls(12), lambda slot: slot.name.endswith("o_proj.weight"))
         quantizers = window.quantizers(QUANTIZERS[method], Grid(3, 16, False), STARTS["searched"])
         learn, hidden = window.learn(quantizers), skeleton.embed(ids)
+        found.append([])
+        parameters = [p for quantizer in quantizers.values() for p in quantizer.parameters()]
         for part in (hidden[:2], hidden[2:], hidden[1:3]):
             learn(part, 0.0).square().mean().backward()
-        found.append([p.grad for quantizer in quantizers.values() for p in quantizer.parameters()])
+            found[-1] += [cast(Tensor, p.grad).clone() for p in parameters]
+            for p in parameters:
+                p.grad = None
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-7) for one, other in zip(*found, strict=True))
     assert any(bool(gradient.abs().max() > 0) for gradient in found[0])
