@@ -37,6 +37,10 @@ def quantize(
         bool | None,
         typer.Option("--symmetric/--asymmetric", help="A fixed zero point, or one that is chosen (asymmetric)."),
     ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Bits a weight on average, scales included, given to the layers where they matter."),
+    ] = None,
     method: Annotated[str | None, typer.Option(help="flexround, lrq, signround, block_ap, lwc or rtn.")] = None,
     objective: Annotated[
         str | None,
@@ -95,6 +99,7 @@ def quantize(
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
+        "target_bits": target_bits,
         "method": method,
         "objective": objective,
         "final_blocks": final_blocks,

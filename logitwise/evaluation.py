@@ -1,5 +1,6 @@
 """`evaluate` and `inspect`: what a checkpoint does to token probabilities, and what is in it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,21 +161,18 @@ def inspect(model: str | Path) -> Contents:
     Errors: InputError.
     """
     source = open_source(model)
-    grid = "full precision"
     tensors: list[tuple[str, tuple[int, ...], str]] = []
-    if isinstance(source, QuantizedFolder):
-        group = f"groups of {source.grid.group_size}" if source.grid.group_size else "one scale a channel"
-        kind = "symmetric" if source.grid.symmetric else "asymmetric"
-        scales = str(source.grid.scale_dtype).removeprefix("torch.")
-        grid = f"{source.grid.bits} bits, {group}, {kind}, {scales} scales"
+    grids: Counter[str] = Counter()
     for name in source.names():
-        stored = str(source.dtype).removeprefix("torch.")
-        if isinstance(source, QuantizedFolder) and source.is_quantized(name):
-            stored = f"{source.grid.bits} bits"
+        grid = source.grid(name) if isinstance(source, QuantizedFolder) else None
+        grids += Counter([str(grid)] if grid else [])
+        stored = f"{grid.bits} bits" if grid else str(source.dtype).removeprefix("torch.")
         tensors.append((name, source.shape(name), stored))
+    several = len(grids) > 1
+    in_words = "; ".join(f"{count} layers: {grid}" if several else grid for grid, count in sorted(grids.items()))
     tensors.sort(key=lambda entry: [int(part) if part.isdigit() else part for part in entry[0].split(".")])
-    folder = Path(model)
-    return Contents(size_of(source), grid, tensors, read_report(folder) if folder.is_dir() else None)
+    report = read_report(Path(model)) if Path(model).is_dir() else None
+    return Contents(size_of(source), in_words or "full precision", tensors, report)
 
 
 def _check_pair(model: Source, reference: Source) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from logitwise.watch import Watcher
 def export(
     job: Job,
     out: Path,
-    grid: Grid,
+    grid_of: Callable[[str], Grid],
     codes: Callable[[Slot], Quantized],
     polished: Polished | None,
     report: dict[str, Any],
@@ -33,7 +34,7 @@ def export(
     Args:
         job: the model and the format.
         out: the folder.
-        grid: of every quantized weight.
+        grid_of: the grid of a layer, by the name of its module.
         codes: what is stored for a slot.
         polished: scales and vectors in place of those of `codes` and of the source.
         report: what is known of the run; sizes and the audit are added.
@@ -67,6 +68,7 @@ def export(
         parameters = sum(_count(source.shape(name)) for name in source.names())
         report = {
             **report,
+            "grids": dict(Counter(str(grid_of(slot.module)) for slot in job.slots)),
             "bits_per_weight": stored_bits / quantized_weights,
             "bits_per_parameter": 8 * size / parameters,
             "size_bytes": size,
@@ -75,7 +77,7 @@ def export(
         }
         write_json(staging / "logitwise.json", report)
         (staging / "README.md").write_text(model_card(report), encoding="utf-8")
-        _write_model_files(job, grid, staging)
+        _write_model_files(job, grid_of, staging)
     return report
 
 
@@ -86,13 +88,13 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _write_model_files(job: Job, grid: Grid, staging: Path) -> None:
+def _write_model_files(job: Job, grid_of: Callable[[str], Grid], staging: Path) -> None:
     """config.json, tokenizer, chat template, generation config, licence."""
-    quantized = {slot.module for slot in job.slots}
-    ignored = [name for name in job.skeleton.linear_modules() if name not in quantized]
+    grids = {module: grid_of(module) for module in sorted(slot.module for slot in job.slots)}
+    ignored = [name for name in job.skeleton.linear_modules() if name not in grids]
     config = job.source.config
     config.architectures = [type(job.skeleton.model).__name__]
-    write_config(staging, config, job.format.quantization_config(grid, sorted(quantized), ignored), job.source.dtype)
+    write_config(staging, config, job.format.quantization_config(grids, ignored), job.source.dtype)
     job.source.tokenizer().save_pretrained(staging)
     files = job.source.extra_files()
     for file in files:

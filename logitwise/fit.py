@@ -45,16 +45,17 @@ class Window:
     def quantizers(
         self,
         method: type[Quantizer],
-        grid: Grid,
+        grid_of: Callable[[str], Grid],
         start: Start,
         others: Mapping[Slot, Start] | None = None,
     ) -> dict[Slot, Quantizer]:
-        """A quantizer for each slot, at its start, which may be another for some slots."""
+        """A quantizer for each slot, on the grid of its module, at its start, which may be another for some slots."""
         starts = others or {}
-        return {
-            slot: method.start(slot.get(self.weights[slot.block]).contiguous(), grid, starts.get(slot, start))
-            for slot in self.slots
-        }
+        made = {}
+        for slot in self.slots:
+            weight = slot.get(self.weights[slot.block]).contiguous()
+            made[slot] = method.start(weight, grid_of(slot.module), starts.get(slot, start))
+        return made
 
     @torch.no_grad()
     def moments(self, hidden: Float[Tensor, "rows tokens d"], batch: int) -> dict[Slot, Float[Tensor, "inputs inputs"]]:

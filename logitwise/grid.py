@@ -43,6 +43,17 @@ class Grid:
         """How many groups a row of `in_features` weights has."""
         return 1 if self.group_size is None else in_features // self.group_size
 
+    def bits_stored(self, out_features: int, in_features: int) -> int:
+        """Bits a weight of this shape takes: codes, scales and (asymmetric) zero points."""
+        of_group = 8 * self.scale_dtype.itemsize + (0 if self.symmetric else self.bits)
+        return out_features * (in_features * self.bits + self.groups(in_features) * of_group)
+
+    def __str__(self) -> str:
+        """As people say it."""
+        group = f"groups of {self.group_size}" if self.group_size else "one scale a channel"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.bits} bits, {group}, {kind}, {str(self.scale_dtype).removeprefix('torch.')} scales"
+
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
@@ -72,8 +83,7 @@ class Quantized:
 
     def bits_stored(self) -> int:
         """Bits this weight takes: codes, scales and (asymmetric) zero points."""
-        zero = 0 if self.grid.symmetric else self.zero.numel() * self.grid.bits
-        return self.codes.numel() * self.grid.bits + self.scale.numel() * self.scale.element_size() * 8 + zero
+        return self.grid.bits_stored(*self.codes.shape)
 
 
 def split(weight: Float[Tensor, "out in"], groups: int) -> Float[Tensor, "out groups size"]:

@@ -6,10 +6,9 @@ from typing import Any
 def model_card(report: dict[str, Any]) -> str:
     """A model card of a run's report."""
     recipe, name = report["recipe"], report["model"]["name"]
-    grid = f"{recipe['bits']} bits, " + (
-        f"groups of {recipe['group_size']}" if recipe["group_size"] else "one scale a channel"
-    )
-    kind = "symmetric" if recipe["symmetric"] else "asymmetric"
+    grids = sorted(report["grids"])
+    title = ", ".join(grids[0].split(", ")[:2]) if len(grids) == 1 else f"{report['bits_per_weight']:.2f} bits a weight"
+    each = grids[0] if len(grids) == 1 else "; ".join(f"{report['grids'][grid]} to {grid}" for grid in grids)
     kl = "".join(f"| {objective} | {value:.4f} |\n" for objective, value in report["held_out_kl"].items())
     measured = "\nKL to the original on held-out rows, nats a token:\n\n| after | KL |\n|---|---|\n" + kl if kl else ""
     polished = ", and all scales, norms and biases then tuned together" if (report["polish"] or {}).get("kept") else ""
@@ -19,9 +18,9 @@ def model_card(report: dict[str, Any]) -> str:
 tags: [logitwise, quantized]
 ---
 
-# {name}, {grid}
+# {name}, {title}
 
-The linear layers of {name} quantized to {grid}, {kind}, by
+The linear layers of {name} quantized to {each}, by
 [logitwise](https://pypi.org/project/logitwise/) {report["versions"]["logitwise"]} with {recipe["method"]}.
 The final blocks were fitted by {report["fitted_by"]}{polished}.
 {report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.

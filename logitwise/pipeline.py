@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from logitwise.allocation import with_bits
 from logitwise.calibrate import RunRows, rows_of_run, split
 from logitwise.calibration import fresh_rows
 from logitwise.calibration.rows import Rows
@@ -90,7 +91,7 @@ def quantize(
     recipe, out, began = recipe or Recipe.load(), Path(out), time.monotonic()
     learns = QUANTIZERS[recipe.method].learns if recipe.method in QUANTIZERS else False
     fits = learns or recipe.start in INFORMED
-    reads = fits or recipe.polish
+    reads = fits or recipe.polish or recipe.target_bits is not None
     if rows is not None and reads:
         split(rows, recipe)
     if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
@@ -109,6 +110,7 @@ def quantize(
         settings = {name: job.choices[name].value for name in ("device", "compute_dtype")}
         root = chain("logitwise", model=job.digest, versions=versions(), numerics=NUMERICS, **settings)
         data = rows_of_run(job, recipe, rows, folder, root, watcher) if reads else None
+        recipe, allocation = with_bits(job, recipe, data, folder, root, watcher) if data else (recipe, None)
         if fits and data:
             still = {} if learns else {"objective": "mse", "steps": 0, "steps_last": 0}
             steps = _fit(job, recipe.but(**still), data, folder, root, watcher)
@@ -117,7 +119,7 @@ def quantize(
         made_by, held_out_kl, unmet = _verdict(folder, steps, recipe, len(job.skeleton), watcher)
 
         def codes(slot: Slot) -> Quantized:
-            return folder.load(made_by[slot.block].key, recipe.grid, slot.name)
+            return folder.load(made_by[slot.block].key, recipe.grid_of(slot.module), slot.name)
 
         polished = _polish(job, recipe, data, folder, [s.key for s in made_by], codes, watcher) if data else None
         if polished and polished.held_out:
@@ -129,6 +131,7 @@ def quantize(
         report = {
             "model": {"name": job.source.name, "sha256": job.digest, "dtype": str(job.source.dtype)[6:]},
             "recipe": recipe.model_dump(),
+            "allocation": allocation,
             "choices": {name: asdict(choice) for name, choice in job.choices.items()},
             "replay_difference": job.replay_difference,
             "calibration": data.counts if data else {},
@@ -140,7 +143,7 @@ def quantize(
             "versions": versions(),
             "seconds": round(time.monotonic() - began, 1),
         }
-        report = export(job, out, recipe.grid, codes, polished, report, overwrite, watcher)
+        report = export(job, out, recipe.grid_of, codes, polished, report, overwrite, watcher)
         if not keep_run:
             folder.remove()
     return Result(out, recipe, job.choices, made_by[-1].objective, held_out_kl, unmet, report)
@@ -177,7 +180,7 @@ def _round(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: Watc
         for step in steps:
             if not folder.has(step.key):
                 window = Window(job.skeleton, step.blocks, [], job.kept)
-                starts = window.quantizers(QUANTIZERS[recipe.method], recipe.grid, STARTS[recipe.start])
+                starts = window.quantizers(QUANTIZERS[recipe.method], recipe.grid_of, STARTS[recipe.start])
                 folder.save(step.key, {slot.name: q.freeze() for slot, q in starts.items()}, {"objective": "none"})
             stage.advance()
     return steps

@@ -1,7 +1,9 @@
 """Everything that can be refused is refused here, before any work; what passes is a `Job`."""
 
+import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -81,13 +83,9 @@ def check(
     _check_roles(recipe)
     _check_read(recipe)
     _check_settings(recipe)
-    form, why = choose(recipe.grid) if recipe.format == "auto" else (FORMATS[recipe.format], "as asked")
-    reason = form.holds(recipe.grid)
-    if reason is not None:
-        raise FormatError(f"{form.name} cannot hold this grid", reason, "change the grid or --format")
     if reads_text:
         check_spec(recipe.calibration)
-    choices = {**choose_machine(recipe), "format": Choice(form.name, why)}
+    choices = choose_machine(recipe)
     source = open_source(model, revision)
     if isinstance(source, QuantizedFolder):
         raise SourceError(f"{model} is quantized already", "its weights are codes", "give the original model")
@@ -98,13 +96,16 @@ def check(
     kept = keeper(recipe.keep)
     every = [slot for block in range(len(skeleton)) for slot in skeleton.slots(block)]
     slots = [slot for slot in every if not kept(slot)]
-    _check_slots(slots, form, recipe)
+    choices["format"] = _check_slots(slots, recipe)
+    if recipe.symmetric is None and recipe.grid.symmetric:
+        choices["symmetric"] = Choice(True, "transformers loads layers on several grids only where all are symmetric")
     with watcher.stage("Checking weights", len(source.names())) as stage:
         digest = check_weights(source, lambda done, total: stage.advance())
     with watcher.stage("Proving the replay", 1) as stage:
         difference = skeleton.prove()
         stage.advance()
-    return Job(source, skeleton, form, kept, slots, audit(source, every, kept), choices, digest, difference)
+    fates, form = audit(source, every, kept), FORMATS[choices["format"].value]
+    return Job(source, skeleton, form, kept, slots, fates, choices, digest, difference)
 
 
 def _check_names(recipe: Recipe) -> None:
@@ -157,6 +158,9 @@ def _check_read(recipe: Recipe) -> None:
             f"{recipe.calibration} is read, not written",
             "choose --calibration self or server",
         ),
+        (("layers",), recipe.target_bits is None, "--target-bits gives each layer its bits", "choose one of the two"),
+        (("bits",), recipe.target_bits is None, "--target-bits gives each layer its bits", "choose one of the two"),
+        (("sensitivity",), recipe.target_bits is not None, "there is no --target-bits", "add --target-bits"),
         (("fresh_last",), not recipe.shrink, "a window that shrinks has no fresh rows", "choose one of the two"),
     ]
     for keys, read, why, instead in cases:
@@ -185,16 +189,52 @@ def _check_settings(recipe: Recipe) -> None:
         raise not_possible(f"objective_settings.{setting}", error, remedy) from error
 
 
-def _check_slots(slots: list[Slot], form: Format, recipe: Recipe) -> None:
+def _check_slots(slots: list[Slot], recipe: Recipe) -> Choice:
+    """The format that holds every layer on its grid, on each that it may come to have."""
     if not slots:
         raise RecipeError("nothing is left to quantize", "--keep matches every layer", "keep fewer layers")
-    for slot in slots:
-        reason = form.holds_layer(slot.module, slot.out_features, slot.in_features, slot.transposed, recipe.grid)
-        if reason is not None:
-            raise FormatError(
-                f"{slot.module} cannot be quantized so",
-                reason,
-                "choose another --group-size, --per-channel, or --keep this layer"
-                if not slot.transposed
-                else "no format holds this architecture yet",
+    for pattern in recipe.layers:
+        if not any(fnmatch(slot.module, pattern) for slot in slots):
+            near = difflib.get_close_matches(pattern, [slot.module for slot in slots], 1, cutoff=0)
+            raise RecipeError(
+                f"[layers] {pattern} names no layer that is quantized",
+                "it is matched with whole names, as *down_proj is",
+                f"one is called {near[0]}",
             )
+    grids = {slot: recipe.grids_of(slot.module) for slot in slots}
+    together = {grid for found in grids.values() for grid in found}
+    form, why = choose(together) if recipe.format == "auto" else (FORMATS[recipe.format], "as asked")
+    reason = next(filter(None, map(form.holds, together)), None) or form.holds_together(together)
+    if reason is not None:
+        raise FormatError(f"{form.name} cannot hold this grid", reason, "change the grid or --format")
+    for slot, found in grids.items():
+        for grid in found:
+            reason = form.holds_layer(slot.module, slot.out_features, slot.in_features, slot.transposed, grid)
+            if reason is not None:
+                raise FormatError(
+                    f"{slot.module} cannot be quantized so",
+                    reason,
+                    "choose another --group-size, --per-channel, or --keep this layer"
+                    if not slot.transposed
+                    else "no format holds this architecture yet",
+                )
+    _check_target(slots, recipe)
+    return Choice(form.name, why)
+
+
+def _check_target(slots: list[Slot], recipe: Recipe) -> None:
+    """Refuses a size that no bits come to."""
+    if recipe.target_bits is None:
+        return
+    weights = sum(slot.out_features * slot.in_features for slot in slots)
+    sizes = []
+    for bits in (recipe.candidates[0], recipe.candidates[-1]):
+        grid = replace(recipe.grid, bits=bits)
+        sizes.append(sum(grid.bits_stored(slot.out_features, slot.in_features) for slot in slots) / weights)
+    if not sizes[0] < recipe.target_bits < sizes[1]:
+        raise RecipeError(
+            f"--target-bits {recipe.target_bits:g} cannot be met",
+            f"scales included, layers at {recipe.candidates[0]} bits take {sizes[0]:.3f} bits a weight, those at "
+            f"{recipe.candidates[-1]} take {sizes[1]:.3f}",
+            "choose a number between, or another --group-size",
+        )

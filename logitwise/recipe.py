@@ -5,9 +5,11 @@ a file, then single keys: later ones win. What a preset or file says of its meth
 """
 
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,15 +66,34 @@ class Learning(_Frozen):
         return self
 
 
+class LayerGrid(_Frozen):
+    """The grid of some layers, where it is another than the recipe's; what is left out is the recipe's."""
+
+    bits: int | None = Field(None, ge=2, le=8)
+    group_size: Annotated[int, Field(ge=8)] | Literal["channel"] | None = None
+    symmetric: bool | None = None
+
+
 class Recipe(_Frozen):
     """Every option of a run. The command line's options have the same names."""
 
     bits: int = Field(4, ge=2, le=8, description="bits a weight")
     group_size: int | None = Field(64, ge=8, description="weights that share a scale; None: one scale a channel")
-    symmetric: bool = Field(False, description="fixed zero point in the middle of the range")
+    symmetric: bool | None = Field(
+        None,
+        description="fixed zero point in the middle of the range; None: not, but where layers differ in their grid, "
+        "since transformers loads those only so",
+    )
     scale_dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="type of stored scales")
     format: str = Field("auto", description="checkpoint format, or auto")
     keep: tuple[str, ...] = Field((), description="patterns of weights to leave in full precision")
+    layers: dict[str, LayerGrid] = Field({}, description="other grids by pattern of a layer's name; later ones win")
+    target_bits: float | None = Field(
+        None, ge=2, le=9, description="bits a quantized weight on average, scales included, given where they matter"
+    )
+    sensitivity: Literal["kl", "lim", "zd"] = Field(
+        "kl", description="where bits matter: by KL with one layer quantized, or by cheap scores of whole blocks"
+    )
 
     method: str = Field("flexround", description="how weights are learned")
     objective: str = Field("lfq", description="what the final blocks are fitted by")
@@ -130,8 +151,35 @@ class Recipe(_Frozen):
 
     @property
     def grid(self) -> Grid:
-        """The grid of every quantized weight."""
-        return Grid(self.bits, self.group_size, self.symmetric, getattr(torch, self.scale_dtype))
+        """The grid of every quantized weight that `layers` does not name."""
+        differ = bool(self.layers) or self.target_bits is not None
+        symmetric = differ if self.symmetric is None else self.symmetric
+        return Grid(self.bits, self.group_size, symmetric, getattr(torch, self.scale_dtype))
+
+    def grid_of(self, module: str) -> Grid:
+        """The grid of a layer, by the name of its module."""
+        grid = self.grid
+        for pattern, own in self.layers.items():
+            if fnmatch(module, pattern):
+                changes = own.model_dump(exclude_none=True)
+                if own.group_size == "channel":
+                    changes["group_size"] = None
+                grid = replace(grid, **changes)
+        return grid
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """The bits that a layer may come to have: those around the target, and one more on either side."""
+        if self.target_bits is None:
+            return (self.bits,)
+        around = max(2, int(self.target_bits - 8 * self.grid.scale_dtype.itemsize / (self.group_size or math.inf)))
+        return tuple(range(max(2, around - 1), min(8, around + 2) + 1))
+
+    def grids_of(self, module: str) -> tuple[Grid, ...]:
+        """The grids that a layer may come to have, by the name of its module."""
+        if self.target_bits is None:
+            return (self.grid_of(module),)
+        return tuple(replace(self.grid, bits=bits) for bits in self.candidates)
 
     @property
     def held_out_rows(self) -> int:
@@ -231,7 +279,8 @@ def _explained(error: ValidationError) -> RecipeError:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = list((Recipe if len(first["loc"]) == 1 else Learning).model_fields)
+        inner = LayerGrid if first["loc"][0] == "layers" else Learning
+        known = list((Recipe if len(first["loc"]) == 1 else inner).model_fields)
         near = _nearest(str(first["loc"][-1]), known)
         return RecipeError(
             f"unknown recipe key {place}",

@@ -116,7 +116,8 @@ class Walk:
         recipe, device = self.recipe, self.skeleton.device
         stage.advance(0, f"{step.title} of {len(self.skeleton)}, {step.objective}")
         if self.folder.has(step.key):
-            return {s: self.folder.load(step.key, recipe.grid, s.name).to(device) for s in window.slots}
+            grids = {slot: recipe.grid_of(slot.module) for slot in window.slots}
+            return {s: self.folder.load(step.key, grid, s.name).to(device) for s, grid in grids.items()}
         targets = teacher
         if step.refit and recipe.teacher_last == "quantized":
             targets = student.clone()
@@ -155,7 +156,7 @@ class Walk:
 
     def _start(self, step: Step, window: Window, student: Tensor) -> dict[Slot, Quantizer]:
         """The quantizers before this step learns: at the recipe's start, or at what an earlier step learned."""
-        method, grid, start = QUANTIZERS[self.recipe.method], self.recipe.grid, self.recipe.start
+        method, start = QUANTIZERS[self.recipe.method], self.recipe.start
         sources = dict(zip(step.blocks, step.starts, strict=True))
         new = [slot for slot in window.slots if sources[slot.block] is None]
         others: dict[Slot, Start] = {}
@@ -164,7 +165,7 @@ class Walk:
             others = {slot: _informed(INFORMED[start], moments[slot]) for slot in new}
         elif new:
             others = dict.fromkeys(new, STARTS[start])
-        quantizers = window.quantizers(method, grid, STARTS["minmax"], others)
+        quantizers = window.quantizers(method, self.recipe.grid_of, STARTS["minmax"], others)
         for slot, quantizer in quantizers.items():
             if (key := sources[slot.block]) is not None:
                 self.folder.load_state(key, slot.name, quantizer)
@@ -201,7 +202,7 @@ class Walk:
             self.skeleton.advance(block, weights, teacher, call, self.at_once)
             if block < len(before):
                 for slot in filterfalse(self.kept, self.skeleton.slots(block)):
-                    codes = self.folder.load(before[block].key, recipe.grid, slot.name).to(device)
+                    codes = self.folder.load(before[block].key, recipe.grid_of(slot.module), slot.name).to(device)
                     weights[slot.key] = slot.put(codes.dequantize().to(self.skeleton.dtype))
                 self.skeleton.advance(block, weights, student, call, self.at_once)
         return Data(student, teacher, rows.weights.to(device), rows.following.to(device), len(rows), 0)

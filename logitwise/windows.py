@@ -64,6 +64,7 @@ def plan_steps(recipe: Recipe, depth: int, root: str, digest: Callable[[int], st
     fork, roles = depth - final_blocks(recipe, depth), roles_of(recipe)
     common = dict(
         grid=vars(recipe.grid),
+        layers=recipe.model_dump()["layers"],
         method=recipe.method,
         start=recipe.start,
         checks=recipe.checks,

@@ -48,7 +48,7 @@ def last_window(skeleton: Skeleton, kept: Callable[[Slot], bool] = lambda slot: 
 
 def run(skeleton: Skeleton, data: Data, method: str, objective: str, steps: int = 30, seed: int = 0) -> Fitted:
     window = last_window(skeleton)
-    quantizers = window.quantizers(QUANTIZERS[method], GRID, STARTS["minmax"])
+    quantizers = window.quantizers(QUANTIZERS[method], lambda _: GRID, STARTS["minmax"])
     schedule = Schedule(steps, 4, 5, Recipe(method=method).learning_of, seed)
     head = skeleton.head() if OBJECTIVES[objective].reads_head else None
     return fit(window, quantizers, OBJECTIVES[objective](), head, data, schedule, Stage())
@@ -105,7 +105,7 @@ def test_kept_slots_are_not_quantized(skeleton: Skeleton) -> None:
 
 def test_two_blocks_are_fitted_together(skeleton: Skeleton, data: Data) -> None:
     window = Window(skeleton, range(1, 3), skeleton.calls(TOKENS), lambda slot: False)
-    quantizers = window.quantizers(QUANTIZERS["flexround"], GRID, STARTS["minmax"])
+    quantizers = window.quantizers(QUANTIZERS["flexround"], lambda _: GRID, STARTS["minmax"])
     before = {slot: [p.detach().clone() for p in q.parameters()] for slot, q in quantizers.items()}
     one_step = Schedule(1, 2, 1, Recipe().learning_of, 0)
     no_rows_held_out = Data(data.inputs, data.targets, data.weights, data.following, TRAIN, 0)
@@ -122,7 +122,7 @@ def test_blocks_run_again_going_backward_have_the_gradients_of_the_whole(
 ) -> None:
     """Two blocks, one in memory at a time, against autograd through both at once."""
     window = Window(skeleton, range(1, 3), skeleton.calls(TOKENS), lambda slot: False)
-    quantizers = window.quantizers(QUANTIZERS["flexround"], GRID, STARTS["minmax"])
+    quantizers = window.quantizers(QUANTIZERS["flexround"], lambda _: GRID, STARTS["minmax"])
     found = []
     for forward in (
         lambda: window.learn(quantizers)(data.inputs, 0.0),

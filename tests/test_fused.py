@@ -91,7 +91,7 @@ def test_a_window_that_is_compiled_learns_what_one_that_is_not_learns(
         skeleton = Skeleton(MemorySource(tiny_model("llama")), torch.device(device), torch.float32)
         ids = torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
         window = Window(skeleton, range(1, 3), skeleton.calls(12), lambda slot: False, compiled)
-        quantizers = window.quantizers(QUANTIZERS["flexround"], Grid(3, 16, False), STARTS["searched"])
+        quantizers = window.quantizers(QUANTIZERS["flexround"], lambda _: Grid(3, 16, False), STARTS["searched"])
         window.learn(quantizers)(skeleton.embed(ids), 0.0).square().mean().backward()
         found.append([p.grad for quantizer in quantizers.values() for p in quantizer.parameters()])
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-7) for one, other in zip(*found, strict=True))

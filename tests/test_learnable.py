@@ -116,7 +116,7 @@ def test_a_recorded_window_learns_what_one_run_again_learns(
         ids = torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
         last = range(3 - blocks, 3)
         window = Window(skeleton, last, skeleton.calls(12), lambda slot: slot.name.endswith("o_proj.weight"))
-        quantizers = window.quantizers(QUANTIZERS[method], Grid(3, 16, False), STARTS["searched"])
+        quantizers = window.quantizers(QUANTIZERS[method], lambda _: Grid(3, 16, False), STARTS["searched"])
         learn, hidden = window.learn(quantizers), skeleton.embed(ids)
         found.append([])
         parameters = [p for quantizer in quantizers.values() for p in quantizer.parameters()]

@@ -168,7 +168,7 @@ def test_what_is_loaded_leaves_the_windows_weights_alone(tmp_path: Path) -> None
     skeleton = Skeleton(MemorySource(tiny_model("llama")), torch.device("cpu"), torch.float32)
     window = Window(skeleton, range(1), skeleton.calls(TOKENS), lambda slot: False)
     before = {key: weight.clone() for key, weight in window.weights[0].items()}
-    quantizers = window.quantizers(QUANTIZERS["flexround"], Grid(3, 16, False), STARTS["minmax"])
+    quantizers = window.quantizers(QUANTIZERS["flexround"], lambda _: Grid(3, 16, False), STARTS["minmax"])
     folder = RunFolder(tmp_path / "run")
     states = {slot.name: {part: x + 1 for part, x in q.state_dict().items()} for slot, q in quantizers.items()}
     folder.save("key", {}, {}, states)

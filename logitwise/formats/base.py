@@ -1,7 +1,7 @@
 """What a checkpoint format is: which grids and layers it holds, and how it writes and reads them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class Format(ABC):
         other = f"groups of {', '.join(sizes)} do" if sizes else "only one group for each output channel does"
         return f"{name} has {in_features} inputs, which groups of {grid.group_size} do not divide; {other}"
 
+    def holds_together(self, grids: Collection[Grid]) -> str | None:
+        """None where layers on these grids may be in one checkpoint, else the reason why not."""
+        return None if len(grids) == 1 else f"{self.name} holds one grid for all layers"
+
     @abstractmethod
     def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """Every tensor that takes the place of `{prefix}.weight`, by full name.
@@ -54,12 +58,11 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def quantization_config(self, grid: Grid, quantized: list[str], ignored: list[str]) -> dict[str, Any]:
+    def quantization_config(self, grids: Mapping[str, Grid], ignored: list[str]) -> dict[str, Any]:
         """The `quantization_config` of config.json.
 
         Args:
-            grid: the grid of every quantized layer.
-            quantized: the modules that are quantized.
+            grids: of every quantized layer, by its module.
             ignored: every Linear module kept in full precision.
         """
 
@@ -71,12 +74,13 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def grid_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Grid:
-        """The grid that a `quantization_config` describes.
+    def grids_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Callable[[str], Grid]:
+        """The grid of each layer, by its module, that a `quantization_config` describes.
 
         Args:
             config: the `quantization_config` of config.json.
             scale_dtype: the type of the stored scale tensors, which the config does not tell.
 
-        Errors: FormatError, naming the key, for everything that is not read here; nothing is passed over.
+        Errors: FormatError, naming the key, for everything that is not read here; nothing is passed over. What is
+        returned raises FormatError for a layer that the config does not describe.
         """

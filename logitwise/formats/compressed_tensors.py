@@ -12,7 +12,9 @@ later and vLLM read it; up to 0.17.1 that package left bits unused in each word 
 version, so the reader tells the two apart by the number of words and refuses the older.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -62,30 +64,38 @@ class CompressedTensors(Format):
             stored[f"{prefix}.weight_zero_point"] = pack_codes(quantized.zero.T, grid.bits).T.contiguous()
         return stored
 
-    def quantization_config(self, grid: Grid, quantized: list[str], ignored: list[str]) -> dict[str, Any]:
-        """One scheme for every Linear module but the ignored ones.
+    def holds_together(self, grids: Collection[Grid]) -> str | None:
+        """None, or why layers on these grids cannot share a checkpoint.
+
+        Asymmetric layers are loaded by transformers only with `dequantize`, which takes the first scheme for all.
+        """
+        dtypes = {_name(grid.scale_dtype) for grid in grids}
+        if len(dtypes) > 1:
+            return f"{self.name} has one scale type for all layers, not {' and '.join(sorted(dtypes))}"
+        if len(grids) > 1 and not all(grid.symmetric for grid in grids):
+            return "transformers loads layers on several grids only where all are symmetric"
+        return None
+
+    def quantization_config(self, grids: Mapping[str, Grid], ignored: list[str]) -> dict[str, Any]:
+        """One scheme for every Linear module but the ignored ones, or one for each grid, which names its modules.
 
         An asymmetric config asks transformers to dequantize while loading: with compressed-tensors 0.18 to 0.20 its
         default way expects zero points of another shape than the package itself writes, and fails. vLLM ignores the
         key.
         """
-        weights = {
-            "num_bits": grid.bits,
-            "type": "int",
-            "symmetric": grid.symmetric,
-            "strategy": "channel" if grid.group_size is None else "group",
-            "group_size": grid.group_size,
-            "dynamic": False,
-        }
-        scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        found = sorted(set(grids.values()), key=str)
+        groups = {}
+        for index, grid in enumerate(found):
+            targets = ["Linear"] if len(found) == 1 else [module for module in grids if grids[module] == grid]
+            groups[f"group_{index}"] = _scheme(grid, targets)
         config = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": scheme},
+            "config_groups": groups,
             "ignore": ignored,
         }
-        return config if grid.symmetric else config | {"dequantize": True}
+        return config if all(grid.symmetric for grid in found) else config | {"dequantize": True}
 
     def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
         """One layer, with its zero points written out where the grid is symmetric."""
@@ -114,8 +124,12 @@ class CompressedTensors(Format):
             zero = unpack_codes(stored.T, grid.bits, out_features).T.contiguous()
         return Quantized(unpack_codes(packed, grid.bits, in_features), scale, zero, grid)
 
-    def grid_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Grid:
-        """The grid of a config with one scheme, integer weights and no quantized activations."""
+    def grids_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Callable[[str], Grid]:
+        """The grids of a config with integer weights and no quantized activations.
+
+        Of several schemes a layer has the one that names it, else that whose pattern ("re:...") its name begins with,
+        else that of "Linear", as compressed-tensors has it; one scheme alone is that of every quantized layer.
+        """
         rest = dict(config)
         _expect(rest, "quant_method", "compressed-tensors")
         _expect(rest, "format", "pack-quantized")
@@ -123,20 +137,41 @@ class CompressedTensors(Format):
         for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
             _expect(rest, key, None, {})
         groups = rest.pop("config_groups", None)
-        if not isinstance(groups, Mapping) or len(groups) != 1:
-            found = len(groups) if isinstance(groups, Mapping) else "none"
-            raise _unread("config_groups", f"{found} groups", "one")
+        if not isinstance(groups, Mapping) or not groups:
+            raise _unread("config_groups", "no groups", "one or more")
         _nothing_left(rest, NEUTRAL_KEYS)
+        grids = {name: self._grid_of_scheme(scheme, scale_dtype) for name, scheme in groups.items()}
+        if len(grids) == 1:
+            (only,) = grids.values()
+            return lambda module: only
+        targets = [(target, grids[name]) for name, scheme in groups.items() for target in scheme.get("targets", ())]
 
-        ((_, scheme),) = groups.items()
+        def grid_of(module: str) -> Grid:
+            def rank(target: str) -> int | None:
+                if target == module:
+                    return 0
+                if target.startswith("re:"):
+                    return 1 if re.match(target.removeprefix("re:"), module) else None
+                return 2 if target == "Linear" else None
+
+            found = [(place, grid) for target, grid in targets if (place := rank(target)) is not None]
+            if not found:
+                raise FormatError(
+                    f"{module} has no scheme", "no group of quantization_config names it", "give another checkpoint"
+                )
+            return min(found, key=itemgetter(0))[1]
+
+        return grid_of
+
+    def _grid_of_scheme(self, scheme: object, scale_dtype: torch.dtype) -> Grid:
         if not isinstance(scheme, Mapping) or not isinstance(scheme.get("weights"), Mapping):
             raise _unread("weights", "nothing", "a scheme for the weights")
-        scheme = dict(scheme)
-        weights = dict(scheme.pop("weights"))
+        rest = dict(scheme)
+        weights = dict(rest.pop("weights"))
         for key in ("input_activations", "output_activations"):
-            _expect(scheme, key, None)
-        _expect(scheme, "format", None, "pack-quantized")
-        _nothing_left(scheme, frozenset({"targets"}))
+            _expect(rest, key, None)
+        _expect(rest, "format", None, "pack-quantized")
+        _nothing_left(rest, frozenset({"targets"}))
         return self._grid_of_weights(weights, scale_dtype)
 
     def _grid_of_weights(self, weights: dict[str, Any], scale_dtype: torch.dtype) -> Grid:
@@ -160,6 +195,18 @@ class CompressedTensors(Format):
         if reason is not None:
             raise FormatError("this quantization_config is not read", reason, "check its config_groups")
         return grid
+
+
+def _scheme(grid: Grid, targets: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": "channel" if grid.group_size is None else "group",
+        "group_size": grid.group_size,
+        "dynamic": False,
+    }
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
 def _name(dtype: torch.dtype) -> str:

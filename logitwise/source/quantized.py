@@ -1,5 +1,6 @@
 """A folder whose weights are already quantized, read through the format that wrote them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,12 @@ class QuantizedFolder(FolderSource):
         """
         prefix = self._places[name].removesuffix(".weight")
         tensors = {stored: self.raw(stored) for stored in self._tensors_of.get(prefix, [])}
-        return self._format.read(prefix, tensors, self.grid) if tensors else None
+        return self._format.read(prefix, tensors, self.grid_of(prefix)) if tensors else None
 
-    def is_quantized(self, name: str) -> bool:
-        """Whether a weight is stored as codes."""
-        return self._places[name].removesuffix(".weight") in self._tensors_of
+    def grid(self, name: str) -> Grid | None:
+        """The grid of a weight; None where it is kept in full precision."""
+        prefix = self._places[name].removesuffix(".weight")
+        return self.grid_of(prefix) if prefix in self._tensors_of else None
 
     def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
         method = self.quantization_config.get("quant_method")
@@ -59,7 +61,7 @@ class QuantizedFolder(FolderSource):
             )
         self._format = FORMATS[method]
         self._tensors_of = self._group()
-        self.grid = self._grid()
+        self.grid_of = self._grids()
         shapes: dict[str, tuple[int, ...]] = {}
         for stored, entry in self._shards.entries.items():
             prefix = stored.rpartition(".")[0]
@@ -78,10 +80,10 @@ class QuantizedFolder(FolderSource):
                 groups.setdefault(prefix, []).append(stored)
         return groups
 
-    def _grid(self) -> Grid:
+    def _grids(self) -> Callable[[str], Grid]:
         scales = {entry.dtype for name, entry in self._shards.entries.items() if name.endswith("_scale")}
         known = sorted(scales & set(DTYPES))
-        return self._format.grid_of(self.quantization_config, DTYPES[known[0]] if known else torch.float16)
+        return self._format.grids_of(self.quantization_config, DTYPES[known[0]] if known else torch.float16)
 
     def _shape_of(self, prefix: str) -> tuple[int, ...]:
         stored = f"{prefix}.weight_shape"

@@ -163,25 +163,25 @@ def test_holds_layer():
 
 
 def test_choose():
-    chosen, why = choose(Grid(4, 64, True))
+    chosen, why = choose({Grid(4, 64, True)})
     assert chosen is FORMATS["compressed-tensors"]
     assert why == "transformers with compressed-tensors 0.18 loads it, and vLLM serves it"
-    assert choose(Grid(3, 64, False))[1].endswith("vLLM should serve it on a GPU (not tried)")
+    assert choose({Grid(3, 64, False)})[1].endswith("vLLM should serve it on a GPU (not tried)")
     with pytest.raises(FormatError, match=r"no format holds this grid\n.*not 9"):
-        choose(Grid(9, 64, False))
+        choose({Grid(9, 64, False)})
 
 
 @SIGNS
 @pytest.mark.parametrize("group_size", [64, None])
 def test_config_round_trip(group_size: int | None, symmetric: bool):
     grid = Grid(3, group_size, symmetric, torch.float32)
-    config = FORMAT.quantization_config(grid, [LAYER], ["lm_head"])
+    config = FORMAT.quantization_config({LAYER: grid}, ["lm_head"])
     assert config["ignore"] == ["lm_head"]
     assert config.get("dequantize", False) is not symmetric
-    assert FORMAT.grid_of(config, torch.float32) == grid
+    assert FORMAT.grids_of(config, torch.float32)(LAYER) == grid
 
 
-ANOTHER = {"group_1": {"targets": ["re:.*mlp.*"], "weights": {}}}
+ANOTHER = {"group_1": {"targets": ["re:.*mlp.*"], "weights": {"type": "int", "dynamic": False}}}
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ ANOTHER = {"group_1": {"targets": ["re:.*mlp.*"], "weights": {}}}
         ((), {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not read"),
         ((), {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config is not read"),
         ((), {"surprise": 1}, "surprise is not read"),
-        ((), {"config_groups": {}}, "config_groups is not read\n.*0 groups"),
-        ((), {"config_groups": None}, "config_groups is not read\n.*none groups"),
-        (("config_groups",), ANOTHER, "config_groups is not read\n.*2 groups"),
+        ((), {"config_groups": {}}, "config_groups is not read\n.*no groups"),
+        ((), {"config_groups": None}, "config_groups is not read\n.*no groups"),
+        (("config_groups",), ANOTHER, "num_bits is not read\n.*a whole number"),
         (("config_groups", "group_0"), {"weights": None}, "weights is not read"),
         (("config_groups", "group_0"), {"input_activations": {"num_bits": 8}}, "input_activations is not read"),
         (("config_groups", "group_0"), {"format": "marlin-24"}, "format is not read"),
@@ -211,13 +211,13 @@ ANOTHER = {"group_1": {"targets": ["re:.*mlp.*"], "weights": {}}}
     ],
 )
 def test_foreign_config_is_refused(place: tuple[str, ...], change: dict[str, Any], message: str):
-    config = FORMAT.quantization_config(Grid(4, 64, True), [], [])
+    config = FORMAT.quantization_config({LAYER: Grid(4, 64, True)}, [])
     part = config
     for key in place:
         part = part[key]
     part.update(change)
     with pytest.raises(FormatError, match=message):
-        FORMAT.grid_of(config, torch.float16)
+        FORMAT.grids_of(config, torch.float16)
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -254,7 +254,9 @@ def test_transformers_loads_it(
         state |= FORMAT.tensors(name, quantized)
 
     write_checkpoint(tmp_path, state.items())
-    write_config(tmp_path, dense.config, FORMAT.quantization_config(grid, layers, ["lm_head"]), torch.float32)
+    write_config(
+        tmp_path, dense.config, FORMAT.quantization_config(dict.fromkeys(layers, grid), ["lm_head"]), torch.float32
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
 
     ids = torch.randint(0, 101, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -262,3 +264,50 @@ def test_transformers_loads_it(
         expected, logits = dense(ids).logits, loaded(ids).logits
     assert expected.std() > 0.1
     assert float((logits - expected).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("default", [False, True], ids=["each layer named", "a pattern and Linear"])
+def test_transformers_loads_layers_on_several_grids(tmp_path: Path, default: bool):
+    dense = tiny_llama()
+    state = dense.state_dict()
+    linears = {name: module for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
+    bits = {"q_proj": 4, "k_proj": 4, "v_proj": 4, "down_proj": 3}
+    grids = {}
+    for name in linears:
+        if name != "lm_head":
+            last = name.split(".")[-1]
+            grids[name] = Grid(bits.get(last, 2), None if last == "down_proj" else 32, True, torch.float32)
+    for seed, (name, grid) in enumerate(grids.items()):
+        quantized = random_quantized(*linears[name].weight.shape, grid, seed)
+        linears[name].weight.data = quantized.dequantize()
+        del state[f"{name}.weight"]
+        state |= FORMAT.tensors(name, quantized)
+    assert FORMAT.holds_together(set(grids.values())) is None
+    config = FORMAT.quantization_config(grids, ["lm_head"])
+    if default:
+        for scheme in config["config_groups"].values():
+            of = scheme["weights"]["num_bits"]
+            scheme["targets"] = {2: ["Linear"], 3: ["re:.*down_proj$"], 4: ["re:.*(q|k|v)_proj$"]}[of]
+    grid_of = FORMAT.grids_of(config, torch.float32)
+    assert {name: grid_of(name) for name in grids} == grids
+
+    write_checkpoint(tmp_path, state.items())
+    write_config(tmp_path, dense.config, config, torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, 101, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, dense(ids).logits)
+
+
+def test_layers_that_no_scheme_names_are_refused():
+    config = FORMAT.quantization_config({LAYER: Grid(4, 64, True), "other": Grid(2, 64, True)}, [])
+    grid_of = FORMAT.grids_of(config, torch.float16)
+    assert grid_of("other").bits == 2
+    with pytest.raises(FormatError, match=r"third has no scheme\n.*names it"):
+        grid_of("third")
+
+
+def test_what_cannot_share_a_checkpoint():
+    assert "only where all are symmetric" in str(FORMAT.holds_together({Grid(4, 64, False), Grid(2, 64, False)}))
+    assert "one scale type" in str(FORMAT.holds_together({Grid(4, 64, True), Grid(4, 32, True, torch.float32)}))
+    assert FORMAT.holds_together({Grid(4, 64, False)}) is None
