@@ -70,7 +70,7 @@ def split(rows: Rows, recipe: Recipe) -> tuple[Rows, Rows]:
 
 
 def _calibrate(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: Watcher) -> RunRows:
-    most = max(recipe.rows, recipe.rows_last or 0, (recipe.polish and recipe.polish_rows) or 0)
+    most = max(recipe.most_rows, (recipe.polish and recipe.polish_rows) or 0)
     asked = recipe.model_dump(include={"calibration", "row_tokens", "seed", "temperature"})
     key = chain(root, most=most, held_out=recipe.held_out_rows, **asked)
     if not folder.has(key):

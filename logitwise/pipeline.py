@@ -151,18 +151,16 @@ def quantize(
 
 def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, watcher: Watcher) -> list[Step]:
     """Every window fitted and in the run folder."""
-    most = min(max(recipe.rows, recipe.rows_last or 0), len(data.train))
-    last = recipe.rows_last and min(recipe.rows_last, most)
-    fewer = recipe.but(rows=min(recipe.rows, most), rows_last=last)
+    most = min(recipe.most_rows, len(data.train))
     both = Rows.join([data.train[:most], data.held_out])
 
     @cache
     def digest(count: int) -> str:
         return chain(data.train[:count].digest(), held_out=data.held_out.digest())
 
-    steps = plan_steps(fewer, len(job.skeleton), root, digest)
+    steps = plan_steps(recipe, len(job.skeleton), root, digest, most)
     fresh = _fresh(job, recipe, recipe.batch_last or recipe.batch) if recipe.fresh_last else None
-    Walk(job.skeleton, fewer, both, len(data.held_out), folder, job.kept, fresh).run(steps, watcher)
+    Walk(job.skeleton, recipe, both, len(data.held_out), folder, job.kept, fresh).run(steps, watcher)
     if recipe.fresh_last:
         record = folder.record(steps[-1].key)
         _say_flat(

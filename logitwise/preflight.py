@@ -35,7 +35,7 @@ OF_THE_REFIT = (
     "learning_last",
     "objective_settings",
 )
-OF_THE_WINDOWS = ("window", "stride", "grow", "left_out")
+OF_THE_WINDOWS = ("window", "stride", "grow", "left_out", "windows")
 OF_THE_POLISH = ("polish_steps", "polish_batch", "polish_learning", "polish_rows")
 
 
@@ -125,9 +125,11 @@ def _check_names(recipe: Recipe) -> None:
 
 def _check_roles(recipe: Recipe) -> None:
     roles = roles_of(recipe)
-    tables = {"learning": roles, "learning_last": roles, "polish_learning": list(POLISHED)}
-    for table, read in tables.items():
-        for role in getattr(recipe, table) or {}:
+    tables = {"learning": (recipe.learning, roles), "learning_last": (recipe.learning_last, roles)}
+    tables |= {f"windows.{i}.learning": (own.learning, roles) for i, own in enumerate(recipe.windows)}
+    tables |= {"polish_learning": (recipe.polish_learning, list(POLISHED))}
+    for table, (given, read) in tables.items():
+        for role in given or {}:
             if role not in read:
                 raise RecipeError(
                     f"[{table}.{role}] is not read",

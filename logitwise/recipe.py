@@ -74,6 +74,26 @@ class LayerGrid(_Frozen):
     symmetric: bool | None = None
 
 
+class WindowSettings(_Frozen):
+    """What is other than the recipe's in the fits by mean squared error of some windows.
+
+    Args:
+        blocks: those that end with one of these blocks, the first and the last of them; negative ones count from the
+            end of the model.
+    """
+
+    blocks: tuple[int, int]
+    steps: int | None = Field(None, ge=0)
+    batch: int | None = Field(None, ge=1)
+    rows: int | None = Field(None, ge=1)
+    learning: dict[str, Learning] = {}
+
+    def covers(self, block: int, depth: int) -> bool:
+        """Whether windows that end with this block are meant."""
+        first, last = (bound + depth if bound < 0 else bound for bound in self.blocks)
+        return first <= block <= last
+
+
 class Recipe(_Frozen):
     """Every option of a run. The command line's options have the same names."""
 
@@ -111,6 +131,9 @@ class Recipe(_Frozen):
     window: int = Field(1, ge=1, description="blocks that are fitted together by mean squared error")
     stride: int = Field(1, ge=1, description="blocks from one window to the next, at most `window`")
     grow: bool = Field(False, description="the first windows grow from one block")
+    windows: tuple[WindowSettings, ...] = Field(
+        (), description="steps, batch, rows and learning of single windows; later ones win"
+    )
     start: str = Field("searched", description="where a fit starts")
     start_last: Literal["start", "mse"] = Field(
         "start", description="where the final blocks start: as the others, or at their own MSE fit"
@@ -193,6 +216,11 @@ class Recipe(_Frozen):
         if self.learning and role in self.learning:
             return self.learning[role]
         return Learning.model_validate(_shipped(self.method)["learning"][role])
+
+    @property
+    def most_rows(self) -> int:
+        """Calibration rows that the fits read, at most."""
+        return max(self.rows, self.rows_last or 0, *(own.rows or 0 for own in self.windows))
 
     def polish_learning_of(self, role: str) -> Learning:
         """How a role of the polish is learned: the recipe's own settings, else those that are shipped."""
@@ -279,7 +307,8 @@ def _explained(error: ValidationError) -> RecipeError:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        inner = LayerGrid if first["loc"][0] == "layers" else Learning
+        tables: dict[str, type[BaseModel]] = {"layers": LayerGrid, "windows": WindowSettings}
+        inner = tables.get(str(first["loc"][0]), Learning) if len(first["loc"]) < 4 else Learning
         known = list((Recipe if len(first["loc"]) == 1 else inner).model_fields)
         near = _nearest(str(first["loc"][-1]), known)
         return RecipeError(

@@ -11,7 +11,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import filterfalse, zip_longest
 
 import torch
@@ -125,9 +124,8 @@ class Walk:
         following = self.rows.following.to(device)
         data = Data(student, targets, self.rows.weights.to(device), following, step.train, self.held_out)
         seed = int(hashlib.sha256(f"{recipe.seed} {step.blocks} {step.objective}".encode()).hexdigest()[:15], 16)
-        learning = partial(recipe.learning_of, last=step.refit)
-        choose = recipe.choose_last if step.refit else "held_out"
-        schedule = Schedule(step.steps, step.batch, recipe.checks, learning, seed, choose, fresh is not None)
+        how, choose = step.learning.__getitem__, recipe.choose_last if step.refit else "held_out"
+        schedule = Schedule(step.steps, step.batch, recipe.checks, how, seed, choose, fresh is not None)
         quantizers = self._start(step, window, student)
         settings = recipe.objective_settings if step.refit else {"left_out": recipe.left_out}
         objective = OBJECTIVES[step.objective](**settings)

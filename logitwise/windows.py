@@ -5,6 +5,7 @@ is fitted again together with those behind it (SliderQuant, arXiv 2603.25284, wh
 Then the last K together by the objective, perhaps in windows that shrink towards the last block.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ import torch
 from logitwise.errors import RecipeError
 from logitwise.objectives import OBJECTIVES
 from logitwise.quantizers import QUANTIZERS, STARTS
-from logitwise.recipe import Recipe
+from logitwise.recipe import Learning, Recipe
 from logitwise.runfolder import chain
 
 NUMERICS = 2
@@ -28,6 +29,7 @@ class Step:
         blocks: its blocks.
         objective: what it is fitted by.
         steps, batch, train: how long, how many rows a step, on how many rows.
+        learning: by role, how the method's parameters are learned.
         refit: whether it fits final blocks once more, by the recipe's objective.
         starts: for each block the key of the step whose learned state it starts from, or None: the recipe's start.
         keeps_state: whether a later step starts from its learned state.
@@ -39,6 +41,7 @@ class Step:
     steps: int
     batch: int
     train: int
+    learning: dict[str, Learning]
     refit: bool
     starts: tuple[str | None, ...]
     keeps_state: bool
@@ -51,12 +54,15 @@ class Step:
         return f"block {last}" if first == last else f"blocks {first} to {last}"
 
 
-def plan_steps(recipe: Recipe, depth: int, root: str, digest: Callable[[int], str] = str) -> list[Step]:
+def plan_steps(
+    recipe: Recipe, depth: int, root: str, digest: Callable[[int], str] = str, most: int = sys.maxsize
+) -> list[Step]:
     """The windows of a run in order.
 
     Args:
         root: the key of what all depend on (model, versions).
         digest: of the first so many rows and of those held out.
+        most: rows that there are.
 
     The final blocks' MSE fits have the steps, rows and batch of the final blocks, but those of the other blocks where
     they are only what the objective's fit starts from.
@@ -80,13 +86,19 @@ def plan_steps(recipe: Recipe, depth: int, root: str, digest: Callable[[int], st
         last = refit or (blocks[-1] >= fork and recipe.start_last == "start")
         length = recipe.steps_last if last and recipe.steps_last is not None else recipe.steps
         batch = (last and recipe.batch_last) or recipe.batch
-        train = (last and recipe.rows_last) or recipe.rows
+        train = min((last and recipe.rows_last) or recipe.rows, most)
+        learning = {role: recipe.learning_of(role, refit) for role in roles}
+        for settings in () if refit else recipe.windows:
+            if settings.covers(blocks[-1], depth):
+                length = length if settings.steps is None else settings.steps
+                batch, train = settings.batch or batch, min(settings.rows or train, most)
+                learning |= settings.learning
         objective = recipe.objective if refit else "mse"
         starts = tuple(None if source is None else steps[source].key for source in sources[index])
         keeps_state = any(index in own for own in sources[index + 1 :])
-        learning = {role: vars(recipe.learning_of(role, refit)) for role in roles}
         own = dict(blocks=[blocks[0], blocks[-1]], objective=objective, steps=length, batch=batch, rows=train)
-        own |= dict(digest=digest(train), learning=learning, starts=starts, keeps_state=keeps_state)
+        own |= dict(learning={role: vars(how) for role, how in learning.items()})
+        own |= dict(digest=digest(train), starts=starts, keeps_state=keeps_state)
         before = steps
         if not refit:
             own |= dict(left_out=recipe.left_out)
@@ -96,7 +108,7 @@ def plan_steps(recipe: Recipe, depth: int, root: str, digest: Callable[[int], st
             # What the blocks before these are; of earlier fits of these themselves only `starts` counts.
             before = [step for step in steps if step.refit or step.blocks[0] < fork]
         key = chain(before[-1].key if before else root, **common, **own)
-        steps.append(Step(blocks, objective, length, batch, train, refit, starts, keeps_state, key))
+        steps.append(Step(blocks, objective, length, batch, train, learning, refit, starts, keeps_state, key))
     return steps
 
 
@@ -139,6 +151,13 @@ def check_windows(recipe: Recipe, depth: int) -> None:
             more = ", or all" if key == "final_blocks" else ""
             raise RecipeError(
                 f"{key} {asked} is too many", f"the model has {depth} blocks", f"choose 1 to {depth}{more}"
+            )
+    for settings in recipe.windows:
+        if not any(settings.covers(block, depth) for block in range(depth)):
+            raise RecipeError(
+                f"[[windows]] blocks = {list(settings.blocks)} means no block",
+                f"the model has {depth}, from 0 to {depth - 1}; negative numbers count from its end",
+                "give the first and the last of the blocks that these windows end with",
             )
     if recipe.stride > recipe.window:
         raise RecipeError(

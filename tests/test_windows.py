@@ -85,7 +85,32 @@ def test_what_comes_after_a_window_is_not_in_the_keys_before_it() -> None:
     assert len({step.key for step in wide}) == len(wide)
 
 
+def test_windows_have_settings_of_their_own() -> None:
+    adam = {"optimizer": "adam", "rate": 0.5, "schedule": "constant"}
+    own = [
+        {"blocks": [0, 1], "steps": 9, "rows": 6},
+        {"blocks": [1, 1], "batch": 2, "learning": {"scale": adam}},
+        {"blocks": [-1, -1], "steps": 0},
+    ]
+    steps, plain = plan(4, windows=own, rows=8), plan(4, rows=8)
+    assert [(step.steps, step.batch, step.train) for step in steps] == [
+        (9, 4, 6),
+        (9, 2, 6),
+        (4, 4, 8),
+        (0, 4, 8),
+        (4, 4, 8),  # the final block by the objective has the settings of the final blocks
+    ]
+    assert [step.learning["scale"].rate == 0.5 for step in steps] == [False, True, False, False, False]
+    assert steps[1].learning["rounding"] == plain[1].learning["rounding"]
+    assert [step.key == other.key for step, other in zip(steps, plain, strict=True)] == 5 * [False]
+    later = plan(4, windows=own[2:], rows=8)
+    assert [step.key == other.key for step, other in zip(later, plain, strict=True)] == [True] * 3 + [False, True]
+    assert [step.train for step in plan_steps(recipe(windows=own, rows=8), 4, "root", most=5)] == [5] * 5
+
+
 def test_windows_that_cannot_be_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"blocks = \[4, 5\] means no block\n.*has 4, from 0 to 3"):
+        check_windows(recipe(windows=[{"blocks": [4, 5]}]), 4)
     with pytest.raises(RecipeError, match=r"window 5 is too many\n.*4 blocks\n.*1 to 4"):
         check_windows(recipe(window=5), 4)
     with pytest.raises(RecipeError, match=r"final_blocks 5 is too many\n.*4 blocks\n.*1 to 4, or all"):
