@@ -125,7 +125,7 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             head = skeleton.head() if objective == "lfq" else None
-            quantizers = window.quantizers(QUANTIZERS["flexround"], Grid(3, 128, False), STARTS["minmax"])
+            quantizers = window.quantizers(QUANTIZERS["flexround"], lambda _: Grid(3, 128, False), STARTS["minmax"])
             clock, schedule = Clock(), Schedule(given.steps, given.batch, 1, recipe.learning_of, 0)
             fit(window, quantizers, OBJECTIVES[objective](), head, data, schedule, clock)
             peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
