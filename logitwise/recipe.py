@@ -119,7 +119,8 @@ class Recipe(_Frozen):
     learning_last: dict[str, Learning] | None = Field(None, description="of the final blocks; None: as `learning`")
 
     stages: tuple[BlockStage, ...] | None = Field(
-        None, description="what of a block is learned before the rest, in order; None: the method's own; []: all at once"
+        None,
+        description="what of a block is learned before the rest, in order; None: the method's own; []: all at once",
     )
 
     calibration: str = Field("self", description="self, self:FILE, server:URL, text:FILE, jsonl:FILE, hf:NAME")

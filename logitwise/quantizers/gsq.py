@@ -10,7 +10,7 @@ with more the five about the start's code q, those outside of the grid left out.
 
 The scale may become negative. Ours: zero points other than a symmetric grid's, which stay as the start has them; scales
 rounded to their stored type while they are learned; noise at the start only where it does not move the start's code
-(about one in thirty moves in the authors' code), so that a fit starts where all others do; a scale next to nothing for a
+(in the authors' code one in thirty moves), so that a fit starts where all others do; a scale next to nothing for a
 group of zeros, whose scale means nothing but would multiply the noise. tau and kappa reach their ends after the last
 step, in the authors' code at it.
 """
@@ -139,7 +139,7 @@ class GumbelSoftmax(AffineQuantizer):
 def seed_of(weight: Float[Tensor, "out in"]) -> int:
     """A seed that a weight's own values and shape decide: another for each weight of a model, the same in each run."""
     digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    digest.update(weight.detach().cpu().contiguous().numpy())
+    digest.update(weight.detach().cpu().numpy().tobytes())
     return int.from_bytes(digest.digest()[:7], "big")
 
 
