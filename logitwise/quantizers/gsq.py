@@ -95,8 +95,8 @@ class GumbelSoftmax(AffineQuantizer):
     def noise(self, progress: float) -> Float[Tensor, "out in K"]:
         """Gumbel noise: always the same at the same progress, so that a block can be run again going backward."""
         drawn = torch.empty_like(self.logits, requires_grad=False)
-        drawn.exponential_(generator=self._generator(repr(float(progress))))
-        return drawn.clamp_(min=torch.finfo(drawn.dtype).tiny).log_().neg_()  # a draw of 0 has no logarithm
+        drawn.uniform_(generator=self._generator(repr(float(progress))))
+        return drawn.clamp_(min=torch.finfo(drawn.dtype).tiny).log_().neg_().log_().neg_()  # 0 has no logarithm
 
     def forward(self, progress: float) -> Float[Tensor, "out in"]:
         scale, zero = self.scale_and_zero()
