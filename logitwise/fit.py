@@ -102,7 +102,7 @@ class Window:
 
     def forward(
         self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor], blocks: range | None = None
-    ) -> Float[Tensor, "rows tokens d"]:
+    ) -> Float[Tensor, "rows tokens leaving"]:
         """The output of the window, or of these of its blocks, with the float32 weights [out, in] of some replaced."""
         for block in self.blocks if blocks is None else blocks:
             hidden = self._run(block, hidden, replaced)
@@ -172,7 +172,7 @@ class Data:
     """
 
     inputs: Float[Tensor, "rows tokens d"]
-    targets: Float[Tensor, "rows tokens d"]
+    targets: Float[Tensor, "rows tokens leaving"]
     weights: Float[Tensor, "rows tokens"]
     following: Int64[Tensor, "rows tokens"]
     train: int
