@@ -37,7 +37,7 @@ def quantize(
         bool | None,
         typer.Option("--symmetric/--asymmetric", help="A fixed zero point, or one that is chosen (asymmetric)."),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="flexround, lrq, signround, block_ap, lwc or rtn.")] = None,
+    method: Annotated[str | None, typer.Option(help="flexround, lrq, signround, block_ap, lwc, gsq or rtn.")] = None,
     objective: Annotated[
         str | None,
         typer.Option(

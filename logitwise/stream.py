@@ -153,7 +153,10 @@ class Walk:
             weights = {slot: q.dequantize() for slot, q in quantized.items()}
             against = replace(data, targets=teacher)
             record["held_out_kl"] = measure(window, weights, OBJECTIVES["lfq"](), head, against, recipe.batch)
-        watcher.detail(_outcome(step, fitted, objective.unit, seconds))
+        for part, of in zip(parts, early, strict=True):
+            places = " and ".join(end or "its end" for end in part.ends)
+            watcher.detail(_outcome(f"{step.title} at {places}", of, error.unit))
+        watcher.detail(f"{_outcome(f'{step.title} by {step.objective}', fitted, objective.unit)}, {seconds:.0f} s")
         codes = {slot.name: q for slot, q in quantized.items()}
         self.folder.save(step.key, codes, record, self._state(step, quantizers))
         done = sum(len(of.course.losses) * per_part(part) for part, of in zip(parts, early, strict=True))
@@ -252,14 +255,11 @@ def _informed(start: InformedStart, moments: Tensor) -> Start:
     return lambda weight, grid: start(weight, grid, moments)
 
 
-def _outcome(step: Step, fitted: Fitted, unit: str, seconds: float) -> str:
+def _outcome(title: str, fitted: Fitted, unit: str) -> str:
     """What a fit came to, in a line."""
     course = fitted.course
     if not course.held_out:
-        return f"{step.title} by {step.objective}: {seconds:.0f} s"
+        return f"{title}: {len(course.losses)} steps"
     (_, before), after = course.held_out[0], dict(course.held_out).get(course.kept)
     end = "" if after is None else f" to {after:.4g}"  # the iterate of the least batch was not measured
-    return (
-        f"{step.title} by {step.objective}: held-out {unit} {before:.4g}{end}, "
-        f"step {course.kept} of {len(course.losses)} kept, {seconds:.0f} s"
-    )
+    return f"{title}: held-out {unit} {before:.4g}{end}, step {course.kept} of {len(course.losses)} kept"

@@ -249,7 +249,11 @@ class Counting(Watcher):
     """Adds up what a stage advances by."""
 
     def __init__(self) -> None:
-        self.total, self.done, self.most = 0.0, 0.0, 0.0
+        self.total, self.done = 0.0, 0.0
+        self.details: list[str] = []
+
+    def detail(self, sentence: str) -> None:
+        self.details.append(sentence)
 
     @contextmanager
     def stage(self, title: str, total: float) -> Iterator[Stage]:
@@ -259,7 +263,6 @@ class Counting(Watcher):
             def advance(self, units: float = 1, detail: str = "") -> None:
                 assert units >= -1e-9 * total
                 counting.done += units
-                counting.most = max(counting.most, units)
 
         yield Counted()
 
@@ -279,6 +282,9 @@ def test_a_run_counts_the_steps_of_all_stages(tmp_path: Path) -> None:
     assert watcher.done == pytest.approx(watcher.total)
     assert plain.done == pytest.approx(plain.total)
     assert watcher.total > 1.2 * plain.total
+    places = ["at self_attn.q_proj and self_attn.k_proj", "at self_attn", "by mse"]
+    expected = [f"block {block} {place}: held-out mse " for block in (1, 2, 3) for place in places]
+    assert [detail[: len(start)] for detail, start in zip(watcher.details, expected, strict=True)] == expected
     for record in records:
         assert [len(stage["losses"]) for stage in record["stages"]] == [4, 4]  # type: ignore[attr-defined,index]
         assert len(record["losses"]) == 4  # type: ignore[arg-type]

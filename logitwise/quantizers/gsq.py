@@ -13,6 +13,8 @@ rounded to their stored type while they are learned; noise at the start only whe
 (in the authors' code one in thirty moves), so that a fit starts where all others do; a scale next to nothing for a
 group of zeros, whose scale means nothing but would multiply the noise. tau and kappa reach their ends after the last
 step, in the authors' code at it.
+
+Logits, their gradients, Lion's mean of these and a step's sample each take K numbers a weight, four or five.
 """
 
 import hashlib
@@ -137,7 +139,10 @@ class GumbelSoftmax(AffineQuantizer):
 
 
 def seed_of(weight: Float[Tensor, "out in"]) -> int:
-    """A seed that a weight's own values and shape decide: another for each weight of a model, the same in each run."""
+    """A seed that a weight's own values and shape decide: another for each weight of a model, the same in each run.
+
+    A quantizer starts from nothing but its weight, so a recipe's seed decides the order of the rows and not the noise.
+    """
     digest = hashlib.sha256(str(tuple(weight.shape)).encode())
     digest.update(weight.detach().cpu().numpy().tobytes())
     return int.from_bytes(digest.digest()[:7], "big")
