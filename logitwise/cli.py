@@ -41,7 +41,7 @@ def quantize(
         float | None,
         typer.Option(help="Bits a weight on average, scales included, given to the layers where they matter."),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="flexround, lrq, signround, block_ap, lwc or rtn.")] = None,
+    method: Annotated[str | None, typer.Option(help="flexround, lrq, signround, block_ap, lwc, gsq or rtn.")] = None,
     objective: Annotated[
         str | None,
         typer.Option(

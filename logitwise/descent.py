@@ -145,6 +145,31 @@ class SignSGD(torch.optim.Optimizer):
                 parameter.sub_(parameter.grad.sign() + 0 * parameter.grad, alpha=group["lr"])
 
 
+class Lion(torch.optim.Optimizer):
+    """p <- p - rate * (sign(.9 m + .1 g) + decay * p), then m <- .95 m + .05 g (Chen et al., 2023, arXiv 2302.06675).
+
+    The second beta is GSQ's; .99 is usual.
+    """
+
+    betas = (0.9, 0.95)
+
+    def __init__(self, params: Iterable[dict[str, list[nn.Parameter]]], decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": 0.0, "decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient, state = parameter.grad, self.state[parameter]
+                if not state:
+                    state["mean"] = torch.zeros_like(parameter)
+                direction = state["mean"].lerp(gradient, 1 - self.betas[0])
+                state["mean"].lerp_(gradient, 1 - self.betas[1])
+                hidden = 0 * direction  # nothing, but NaN where the sign, which is 0 there, would hide it
+                parameter.mul_(1 - group["lr"] * group["decay"])
+                parameter.sub_(direction.sign_().add_(hidden), alpha=group["lr"])
+
+
 class Optimizers:
     """An optimiser for each role, as the recipe says.
 
@@ -162,9 +187,8 @@ class Optimizers:
             by_role.setdefault(role, []).append(parameter)
         self._each: list[tuple[torch.optim.Optimizer, Learning]] = []
         for role, own in by_role.items():
-            how, group = learning(role), [{"params": own}]
-            sign = how.optimizer == "sign_sgd"
-            self._each.append((SignSGD(group) if sign else torch.optim.Adam(group, fused=True), how))
+            how = learning(role)
+            self._each.append((_optimizer(how, [{"params": own}]), how))
 
     def step(self, rate: Callable[[Learning], float]) -> None:
         """One step of each at the rate of its role; gradients are let go."""
@@ -173,6 +197,12 @@ class Optimizers:
                 group["lr"] = rate(learning)
             optimizer.step()
             optimizer.zero_grad()
+
+
+def _optimizer(learning: Learning, group: list[dict[str, list[nn.Parameter]]]) -> torch.optim.Optimizer:
+    if learning.optimizer == "sign_sgd":
+        return SignSGD(group)
+    return Lion(group, learning.decay) if learning.optimizer == "lion" else torch.optim.Adam(group, fused=True)
 
 
 def rate_at(learning: Learning, step: int, steps: int) -> float:

@@ -1,6 +1,7 @@
 """Fits one window: one block or K blocks, by any method and any objective. Knows none of them by name."""
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 
@@ -41,6 +42,15 @@ class Window:
         self.skeleton, self.blocks, self.calls, self.compiled = skeleton, blocks, calls, compiled
         self.weights = {block: skeleton.load_block(block, dtype=torch.float32) for block in blocks}
         self.slots = [slot for block in blocks for slot in skeleton.slots(block) if not kept(slot)]
+
+    def fixing(self, weights: Mapping[Slot, Tensor]) -> "Window":
+        """The same window with these float32 weights [out, in] in place of its own, which are quantized no more."""
+        fixed = copy(self)
+        fixed.weights = {block: dict(own) for block, own in self.weights.items()}
+        for slot, weight in weights.items():
+            fixed.weights[slot.block][slot.key] = slot.put(weight)
+        fixed.slots = [slot for slot in self.slots if slot not in weights]
+        return fixed
 
     def quantizers(
         self,
@@ -93,7 +103,7 @@ class Window:
 
     def forward(
         self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor], blocks: range | None = None
-    ) -> Float[Tensor, "rows tokens d"]:
+    ) -> Float[Tensor, "rows tokens leaving"]:
         """The output of the window, or of these of its blocks, with the float32 weights [out, in] of some replaced."""
         for block in self.blocks if blocks is None else blocks:
             hidden = self._run(block, hidden, replaced)
@@ -105,6 +115,10 @@ class Window:
         for slot, weight in replaced.items():
             if slot.block == block:
                 weights[slot.key] = slot.put(weight.to(dtype))
+        return self.run_block(block, weights, hidden)
+
+    def run_block(self, block: int, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """One block's output with all its parameters in the computing type."""
         return self.skeleton.run(block, weights, hidden, self.calls[block])
 
     def learn(self, quantizers: Mapping[Slot, Quantizer]) -> Callable[[Tensor, float], Tensor]:
@@ -159,7 +173,7 @@ class Data:
     """
 
     inputs: Float[Tensor, "rows tokens d"]
-    targets: Float[Tensor, "rows tokens d"]
+    targets: Float[Tensor, "rows tokens leaving"]
     weights: Float[Tensor, "rows tokens"]
     following: Int64[Tensor, "rows tokens"]
     train: int

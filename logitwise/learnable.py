@@ -37,7 +37,7 @@ class LearnableBlock(nn.Module):
         self.learned = nn.ModuleList(part for part in learned if isinstance(part, nn.Module))
         self.alone = nn.ParameterList(part for part in learned if isinstance(part, nn.Parameter))
 
-    def forward(self, hidden: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens d"]:
+    def forward(self, hidden: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens leaving"]:
         """The hidden states that leave it."""
         return self.run(hidden)
 
@@ -77,7 +77,7 @@ class LearnableBlocks:
         self._recorded: tuple[Callable[..., Tensor], ...] = ()
         self._shape: torch.Size | None = None
 
-    def __call__(self, hidden: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens d"]:
+    def __call__(self, hidden: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens leaving"]:
         """The last block's output."""
         if self._shape is None:
             self._shape = hidden.shape

@@ -35,7 +35,7 @@ OF_THE_REFIT = (
     "learning_last",
     "objective_settings",
 )
-OF_THE_WINDOWS = ("window", "stride", "grow", "left_out", "windows")
+OF_THE_WINDOWS = ("window", "stride", "grow", "left_out", "windows", "stages")
 OF_THE_POLISH = ("polish_steps", "polish_batch", "polish_learning", "polish_rows")
 
 

@@ -23,7 +23,7 @@ from logitwise.grid import Grid
 PRESETS = ("quick", "standard", "best", "whole", "demo")
 
 FALLS_WITH = {
-    "method": ("learning", "learning_last"),
+    "method": ("learning", "learning_last", "stages"),
     "objective": ("objective_settings",),
     "polish": ("polish_steps", "polish_batch", "polish_learning", "polish_rows", "polish_fresh"),
 }
@@ -53,17 +53,33 @@ def _count_or_all(value: Any) -> int | str:
 class Learning(_Frozen):
     """How the parameters of one role are learned."""
 
-    optimizer: Literal["adam", "sign_sgd"]
+    optimizer: Literal["adam", "sign_sgd", "lion"]
     rate: float = Field(gt=0, description="learning rate at the first step, of `per`")
     per: Literal["step", "fit"] = Field("step", description="'fit': the rate is divided by the number of steps")
     schedule: Literal["cosine", "linear", "constant"]
     end: float = Field(0, ge=0, le=1, description="share of the rate that a schedule falls to")
+    decay: float = Field(0, ge=0, description="decoupled weight decay of lion, of the rate")
 
     @model_validator(mode="after")
     def _falls(self) -> "Learning":
         if self.schedule == "constant" and self.end:
             raise ValueError("a constant rate falls to no end")
         return self
+
+    @model_validator(mode="after")
+    def _decays(self) -> "Learning":
+        if self.decay and self.optimizer != "lion":
+            raise ValueError(f"{self.optimizer} has no decay, lion has")
+        return self
+
+
+class BlockStage(_Frozen):
+    """What of a block is learned first, and by which error; what no stage names is learned last, by the objective."""
+
+    slots: tuple[str, ...] = Field(min_length=1, description="patterns of linear modules' names")
+    at: Literal["own", "common"] = Field(
+        description="where the squared error is taken: each at its own output, or at that of the module they share"
+    )
 
 
 class LayerGrid(_Frozen):
@@ -146,6 +162,11 @@ class Recipe(_Frozen):
     learning: dict[str, Learning] | None = Field(None, description="by role; None: the method's own")
     learning_last: dict[str, Learning] | None = Field(None, description="of the final blocks; None: as `learning`")
 
+    stages: tuple[BlockStage, ...] | None = Field(
+        None,
+        description="what of a block is learned before the rest, in order; None: the method's own; []: all at once",
+    )
+
     calibration: str = Field("self", description="self, self:FILE, server:URL, text:FILE, jsonl:FILE, hf:NAME")
     temperature: float = Field(1.0, ge=0, description="of the sampling of calibration text; 0: the likeliest token")
     rows: int = Field(256, ge=1, description="calibration rows")
@@ -221,6 +242,13 @@ class Recipe(_Frozen):
     def most_rows(self) -> int:
         """Calibration rows that the fits read, at most."""
         return max(self.rows, self.rows_last or 0, *(own.rows or 0 for own in self.windows))
+
+    @property
+    def block_stages(self) -> tuple[BlockStage, ...]:
+        """What of a block is learned before the rest: the recipe's own stages, else the method's file's."""
+        if self.stages is not None:
+            return self.stages
+        return tuple(BlockStage.model_validate(stage) for stage in _shipped(self.method).get("stages", []))
 
     def polish_learning_of(self, role: str) -> Learning:
         """How a role of the polish is learned: the recipe's own settings, else those that are shipped."""
@@ -307,7 +335,7 @@ def _explained(error: ValidationError) -> RecipeError:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        tables: dict[str, type[BaseModel]] = {"layers": LayerGrid, "windows": WindowSettings}
+        tables: dict[str, type[BaseModel]] = {"layers": LayerGrid, "windows": WindowSettings, "stages": BlockStage}
         inner = tables.get(str(first["loc"][0]), Learning) if len(first["loc"]) < 4 else Learning
         known = list((Recipe if len(first["loc"]) == 1 else inner).model_fields)
         near = _nearest(str(first["loc"][-1]), known)

@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import filterfalse, zip_longest
 
 import torch
@@ -22,10 +23,12 @@ from logitwise.fit import Data, Fitted, Window, fit, measure
 from logitwise.fused import pays
 from logitwise.grid import Quantized
 from logitwise.objectives import OBJECTIVES
+from logitwise.objectives.mse import MeanSquaredError
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS, InformedStart, Quantizer, Start
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder
 from logitwise.skeleton import Call, Head, Skeleton, Slot
+from logitwise.stages import Part, fit_parts, parts_of
 from logitwise.watch import Stage, Watcher
 from logitwise.windows import Step, made_by_mse
 
@@ -127,30 +130,44 @@ class Walk:
         how, choose = step.learning.__getitem__, recipe.choose_last if step.refit else "held_out"
         schedule = Schedule(step.steps, step.batch, recipe.checks, how, seed, choose, fresh is not None)
         quantizers = self._start(step, window, student)
-        settings = recipe.objective_settings if step.refit else {"left_out": recipe.left_out}
-        objective = OBJECTIVES[step.objective](**settings)
+        error = MeanSquaredError(recipe.left_out)
+        objective = OBJECTIVES[step.objective](**recipe.objective_settings) if step.refit else error
         began = time.monotonic()
-        per_step = self._cost_of_a_step(step)
-        fitted = fit(window, quantizers, objective, head, data, schedule, stage, per_step, fresh)
+        parts, per_step, per_part = self._parts(step), self._cost_of_a_step(step), partial(self._cost_of_a_part, step)
+        early = fit_parts(parts, window, quantizers, error, data, schedule, stage, per_part)
+        quantized = {slot: q for part in early for slot, q in part.quantized.items()}
+        rest = window.fixing({slot: q.dequantize() for slot, q in quantized.items()})
+        own = {slot: quantizers[slot] for slot in rest.slots}
+        fitted = fit(rest, own, objective, head, data, schedule, stage, per_step, fresh)
+        quantized |= fitted.quantized
         seconds = time.monotonic() - began
         record = dict(
             blocks=[step.blocks[0], step.blocks[-1]],
             objective=step.objective,
             **vars(fitted.course),
-            tokens=fitted.tokens,
+            stages=[vars(part.course) for part in early],
+            tokens=sum(part.tokens for part in [*early, fitted]),
             seconds=round(seconds, 3),
         )
         if head is not None and self.held_out:
-            weights = {slot: q.dequantize() for slot, q in fitted.quantized.items()}
+            weights = {slot: q.dequantize() for slot, q in quantized.items()}
             against = replace(data, targets=teacher)
             record["held_out_kl"] = measure(window, weights, OBJECTIVES["lfq"](), head, against, recipe.batch)
-        watcher.detail(_outcome(step, fitted, objective.unit, seconds))
-        codes = {slot.name: q for slot, q in fitted.quantized.items()}
+        for part, of in zip(parts, early, strict=True):
+            places = " and ".join(end or "its end" for end in part.ends)
+            watcher.detail(_outcome(f"{step.title} at {places}", of, error.unit))
+        watcher.detail(f"{_outcome(f'{step.title} by {step.objective}', fitted, objective.unit)}, {seconds:.0f} s")
+        codes = {slot.name: q for slot, q in quantized.items()}
         self.folder.save(step.key, codes, record, self._state(step, quantizers))
-        stage.advance(self._cost(step) - len(fitted.course.losses) * per_step)
+        done = sum(len(of.course.losses) * per_part(part) for part, of in zip(parts, early, strict=True))
+        stage.advance(self._cost(step) - done - len(fitted.course.losses) * per_step)
         # What a fit leaves behind holds itself in cycles; a window's parameters must not wait for Python to look.
         gc.collect()
-        return fitted.quantized
+        return quantized
+
+    def _parts(self, step: Step) -> list[Part]:
+        """What of a step's block is fitted before the rest."""
+        return parts_of(self.recipe.block_stages, self.skeleton.slots(step.blocks[0]), self.kept)
 
     def _start(self, step: Step, window: Window, student: Tensor) -> dict[Slot, Quantizer]:
         """The quantizers before this step learns: at the recipe's start, or at what an earlier step learned."""
@@ -218,6 +235,9 @@ class Walk:
     def _cost_of_a_step(self, step: Step) -> float:
         return step.batch * 3e-6 * self._parameters(step)
 
+    def _cost_of_a_part(self, step: Step, part: Part) -> float:
+        return step.batch * 3e-6 * part.weights
+
     def _parameters(self, step: Step) -> int:
         """Weights that a token of this step meets, the head included where it is read."""
         block = sum(p.numel() for p in self.skeleton.blocks[0].parameters()) * len(step.blocks)
@@ -227,21 +247,19 @@ class Walk:
     def _cost(self, step: Step) -> float:
         """Rough multiply-adds of a step, for the time left: what is shown, not what is decided."""
         asked = (self.recipe.checks + 1) * self.held_out * 1e-6 * self._parameters(step)
-        return step.steps * self._cost_of_a_step(step) + asked + 2e-6 * len(self.rows) * self._parameters(step)
+        learned = self._cost_of_a_step(step) + sum(self._cost_of_a_part(step, part) for part in self._parts(step))
+        return step.steps * learned + asked + 2e-6 * len(self.rows) * self._parameters(step)
 
 
 def _informed(start: InformedStart, moments: Tensor) -> Start:
     return lambda weight, grid: start(weight, grid, moments)
 
 
-def _outcome(step: Step, fitted: Fitted, unit: str, seconds: float) -> str:
+def _outcome(title: str, fitted: Fitted, unit: str) -> str:
     """What a fit came to, in a line."""
     course = fitted.course
     if not course.held_out:
-        return f"{step.title} by {step.objective}: {seconds:.0f} s"
+        return f"{title}: {len(course.losses)} steps"
     (_, before), after = course.held_out[0], dict(course.held_out).get(course.kept)
     end = "" if after is None else f" to {after:.4g}"  # the iterate of the least batch was not measured
-    return (
-        f"{step.title} by {step.objective}: held-out {unit} {before:.4g}{end}, "
-        f"step {course.kept} of {len(course.losses)} kept, {seconds:.0f} s"
-    )
+    return f"{title}: held-out {unit} {before:.4g}{end}, step {course.kept} of {len(course.losses)} kept"

@@ -76,6 +76,7 @@ def plan_steps(
         checks=recipe.checks,
         seed=recipe.seed,
         keep=recipe.keep,
+        stages=[stage.model_dump() for stage in recipe.block_stages],
     )
     fits = [(blocks, False) for blocks in _sliding(recipe, depth)]
     if OBJECTIVES[recipe.objective].reads_head:
@@ -100,9 +101,9 @@ def plan_steps(
         own |= dict(learning={role: vars(how) for role, how in learning.items()})
         own |= dict(digest=digest(train), starts=starts, keeps_state=keeps_state)
         before = steps
-        if not refit:
+        if not refit or recipe.block_stages:
             own |= dict(left_out=recipe.left_out)
-        else:
+        if refit:
             own |= dict(settings=recipe.objective_settings, teacher=recipe.teacher_last, choose=recipe.choose_last)
             own |= dict(fresh=recipe.fresh_last and [recipe.calibration, recipe.temperature])
             # What the blocks before these are; of earlier fits of these themselves only `starts` counts.
@@ -141,7 +142,7 @@ def made_by_mse(steps: list[Step]) -> dict[int, Step]:
 
 
 def check_windows(recipe: Recipe, depth: int) -> None:
-    """Refuses windows that a model of so many blocks cannot have.
+    """Refuses windows that a model of so many blocks cannot have, or that cannot have the recipe's stages.
 
     Errors: RecipeError.
     """
@@ -164,6 +165,13 @@ def check_windows(recipe: Recipe, depth: int) -> None:
             f"a stride of {recipe.stride} leaves blocks out",
             f"a window has {recipe.window}",
             f"choose a stride of 1 to {recipe.window}",
+        )
+    together = max(recipe.window, final_blocks(recipe, depth) if OBJECTIVES[recipe.objective].reads_head else 1)
+    if recipe.block_stages and together > 1:
+        raise RecipeError(
+            f"{together} blocks together cannot be fitted in stages",
+            f"the stages{f' of {recipe.method}' if recipe.stages is None else ''} are those of one block",
+            "choose windows of one block and --final-blocks 1, or --set stages=[] to learn whole windows at once",
         )
 
 

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from helpers import VOCABULARY, MemorySource, tiny_model
 from torch import Tensor, nn
 
-from logitwise.descent import Schedule, SignSGD, rate_at
+from logitwise.descent import Optimizers, Schedule, SignSGD, rate_at
 from logitwise.errors import MachineError
 from logitwise.fit import Data, Fitted, Window, fit, measure, weights_of
 from logitwise.grid import Grid, Quantized, freeze
@@ -117,16 +118,17 @@ def test_two_blocks_are_fitted_together(skeleton: Skeleton, data: Data) -> None:
 
 
 @pytest.mark.parametrize("objective", ["mse", "lfq"])
+@pytest.mark.parametrize("method", ["flexround", "gsq"])
 def test_blocks_run_again_going_backward_have_the_gradients_of_the_whole(
-    skeleton: Skeleton, data: Data, objective: str
+    skeleton: Skeleton, data: Data, method: str, objective: str
 ) -> None:
     """Two blocks, one in memory at a time, against autograd through both at once."""
     window = Window(skeleton, range(1, 3), skeleton.calls(TOKENS), lambda slot: False)
-    quantizers = window.quantizers(QUANTIZERS["flexround"], lambda _: GRID, STARTS["minmax"])
+    quantizers = window.quantizers(QUANTIZERS[method], lambda _: GRID, STARTS["minmax"])
     found = []
     for forward in (
-        lambda: window.learn(quantizers)(data.inputs, 0.0),
-        lambda: window.forward(data.inputs, weights_of(quantizers, 0.0)),
+        lambda: window.learn(quantizers)(data.inputs, 0.3),
+        lambda: window.forward(data.inputs, weights_of(quantizers, 0.3)),
     ):
         taps = data.taps(slice(None), forward(), skeleton.head())
         OBJECTIVES[objective]().loss(taps).backward()
@@ -241,9 +243,9 @@ def test_a_schedule_falls_to_the_share_that_is_asked(schedule: str, expected: fl
 
 @pytest.mark.parametrize("per", ["step", "fit"])
 @pytest.mark.parametrize("schedule", SHAPES)
-@pytest.mark.parametrize("optimizer", ["sign_sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sign_sgd", "adam", "lion"])
 def test_each_step_moves_by_the_rate_of_its_place(optimizer: str, schedule: str, per: str) -> None:
-    # The slope is one at every step: SignSGD moves by the rate, and so does Adam, whose moments agree.
+    # The slope is one at every step: SignSGD and Lion move by the rate, and so does Adam, whose moments agree.
     _, number, _ = learn(learning(optimizer, 0.3, per, schedule), steps=9)
     first = 0.3 / 9 if per == "fit" else 0.3
     moves = [a - b for a, b in zip(number.seen, [*number.seen[1:], float(number.p.detach())], strict=True)]
@@ -359,7 +361,7 @@ def test_held_out_rows_are_not_learned_from() -> None:
 
 @pytest.mark.parametrize("measures", [None, [3.0, 2.0]])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-@pytest.mark.parametrize("optimizer", ["sign_sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sign_sgd", "adam", "lion"])
 def test_a_parameter_that_is_no_number_is_refused_by_the_layers_name(
     optimizer: str, wrong: float, measures: list[float] | None
 ) -> None:
@@ -401,6 +403,24 @@ def test_sign_sgd_moves_by_the_sign_alone() -> None:
     p.grad = torch.tensor([1e-9, -1e9, 0.0])
     optimizer.step()
     assert p.tolist() == [0.75, 1.25, 1.0]
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_lion_is_the_published_formula(decay: float) -> None:
+    """Chen et al., 2023, algorithm 2, with GSQ's betas; rates and slopes change from step to step."""
+    start, slopes = np.linspace(-1, 1, 7), np.random.default_rng(0).normal(size=(20, 7))
+    p = nn.Parameter(torch.from_numpy(start.copy()))
+    own = Learning(optimizer="lion", rate=1, schedule="constant", decay=decay)
+    optimizers = Optimizers([("weight", p)], lambda role: own)
+    expected, m = start, np.zeros(7)
+    for step, gradient in enumerate(slopes):
+        rate = 0.01 * (step + 1)
+        p.grad = torch.from_numpy(gradient.copy())
+        optimizers.step(lambda learning, rate=rate: rate * learning.rate)
+        expected = expected - rate * (np.sign(0.9 * m + 0.1 * gradient) + decay * expected)
+        m = 0.95 * m + 0.05 * gradient
+        np.testing.assert_allclose(p.detach().numpy(), expected, rtol=0, atol=1e-12)
+        assert p.grad is None
 
 
 def test_moments_are_the_mean_outer_products_of_what_each_slot_reads(skeleton: Skeleton, data: Data) -> None:

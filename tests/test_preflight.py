@@ -60,7 +60,9 @@ def test_options_of_the_objectives_fit_are_refused_where_there_is_none(key: str,
     allowed(tmp_path, **{"final_blocks": 2, **given})
 
 
-@pytest.mark.parametrize("given", [{"window": 2}, {"left_out": 0.001}, {"windows": [{"blocks": [0, 0]}]}], ids=str)
+@pytest.mark.parametrize(
+    "given", [{"window": 2}, {"left_out": 0.001}, {"windows": [{"blocks": [0, 0]}]}, {"stages": []}], ids=str
+)
 def test_options_of_the_fit_are_refused_where_nothing_is_learned(given: dict[str, Any], tmp_path: Path) -> None:
     refused(f"{next(iter(given))} is not read\n.*rtn learns nothing", tmp_path, method="rtn", **given)
     allowed(tmp_path, **given)

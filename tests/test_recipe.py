@@ -125,6 +125,21 @@ def test_an_unknown_key_of_a_learning_table_is_refused_with_its_own_nearest() ->
         Recipe.of({"learning": {"scale": scale}})
 
 
+def test_an_unknown_key_of_a_stage_is_refused_with_its_own_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"unknown recipe key stages\.0\.slot\n.*\n.*did you mean slots[?]"):
+        Recipe.of({"stages": [{"slot": ["*"], "slots": ["*"], "at": "own"}]})
+
+
+def test_stages_are_the_methods_own_unless_the_recipe_has_others(tmp_path: Path) -> None:
+    assert Recipe().block_stages == ()
+    assert [stage.at for stage in Recipe(method="gsq").block_stages] == ["own", "common"]
+    assert Recipe.load(None, method="gsq", **parse_settings(["stages=[]"])).block_stages == ()
+    mine = tmp_path / "mine.toml"
+    mine.write_text('method = "gsq"\n[[stages]]\nslots = ["*.up_proj"]\nat = "own"\n')
+    assert [stage.slots for stage in Recipe.load(mine).block_stages] == [("*.up_proj",)]
+    assert Recipe.load(mine, method="flexround").block_stages == ()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -145,9 +160,19 @@ def test_an_unknown_key_of_a_learning_table_is_refused_with_its_own_nearest() ->
             r"learning\.scale\.rate = 0 is",
         ),
         (
-            {"learning": {"scale": {"optimizer": "lion", "rate": 1, "schedule": "linear"}}},
+            {"learning": {"scale": {"optimizer": "lino", "rate": 1, "schedule": "linear"}}},
             r"learning\.scale\.optimizer",
         ),
+        (
+            {"learning": {"scale": {"optimizer": "adam", "rate": 1, "schedule": "linear", "decay": 0.1}}},
+            r"learning\.scale = .*\n.*adam has no decay, lion has",
+        ),
+        (
+            {"learning": {"scale": {"optimizer": "lion", "rate": 1, "schedule": "linear", "decay": -0.1}}},
+            r"learning\.scale\.decay = -0.1 is not possible\n.*greater than or equal to 0",
+        ),
+        ({"stages": [{"slots": ["*"], "at": "end"}]}, r"stages\.0\.at = 'end' is not possible\n.*'own' or 'common'"),
+        ({"stages": [{"slots": [], "at": "own"}]}, r"stages\.0\.slots = .* is not possible\n.*at least 1 item"),
         ({"learning": {"scale": {"rate": 1, "schedule": "linear"}}}, r"learning\.scale\.optimizer .*\n.*required"),
     ],
 )

@@ -120,10 +120,47 @@ def test_windows_that_cannot_be_are_refused() -> None:
     check_windows(recipe(window=2, stride=2, final_blocks="all"), 4)
 
 
+STAGE = {"slots": ["*.q_proj"], "at": "own"}
+
+
+@pytest.mark.parametrize("changes", [{"window": 2}, {"final_blocks": 2}, {"final_blocks": "all"}], ids=str)
+@pytest.mark.parametrize("given", [{"method": "gsq"}, {"stages": [STAGE]}], ids=str)
+def test_blocks_that_are_fitted_together_have_no_stages(given: dict[str, object], changes: dict[str, object]) -> None:
+    whose = "stages of gsq" if given.get("method") else "stages"
+    message = rf"blocks together cannot be fitted in stages\n.*the {whose} are those of one block\n.*stages=\[\]"
+    with pytest.raises(RecipeError, match=message):
+        check_windows(recipe(**given, **changes), 4)
+    check_windows(recipe(**{**given, "stages": []}, **changes), 4)
+    check_windows(recipe(**given), 4)
+    check_windows(recipe(**given, final_blocks="all", objective="lfq"), 1)
+
+
+def test_stages_and_what_they_leave_out_are_in_the_keys() -> None:
+    keys = {
+        tuple(step.key for step in plan(2, **changes))
+        for changes in (
+            {},
+            {"stages": [STAGE]},
+            {"stages": [{**STAGE, "at": "common"}]},
+            {"stages": [{**STAGE, "slots": ["*.k_proj"]}]},
+            {"stages": [STAGE, {**STAGE, "slots": ["*.k_proj"]}]},
+        )
+    }
+    assert len(keys) == 5
+    assert not set.intersection(*map(set, keys))
+    # The final block's fit comes after others whose key has it anyway; here there are none before it.
+    (_, plain), (_, staged) = (plan(1, left_out=0.0, **given) for given in ({}, {"stages": [STAGE]}))
+    (_, other), (_, other_staged) = (plan(1, left_out=0.1, **given) for given in ({}, {"stages": [STAGE]}))
+    assert plain.key == other.key
+    assert staged.key != other_staged.key
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
+        {"method": "gsq"},
+        {"method": "gsq", "start_last": "mse", "start": "gptq"},
         {"final_blocks": 3},
         {"window": 2},
         {"window": 2, "final_blocks": 2},
