@@ -6,7 +6,7 @@ source -> calibration rows -> stream of blocks -> fit -> run folder -> format ->
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from logitwise.polish import POLISHED, Polish, Polished
 from logitwise.preflight import Job, check
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe
+from logitwise.rewrites import READ_INPUTS, prove_same, rewrite
 from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain
-from logitwise.skeleton import Slot, load_whole
+from logitwise.skeleton import Skeleton, Slot, load_whole
+from logitwise.source.rewritten import Rewritten
 from logitwise.stream import Walk
 from logitwise.watch import SILENT, Watcher
 from logitwise.windows import NUMERICS, Step, made_by_mse, plan_steps
@@ -90,7 +92,7 @@ def quantize(
     recipe, out, began = recipe or Recipe.load(), Path(out), time.monotonic()
     learns = QUANTIZERS[recipe.method].learns if recipe.method in QUANTIZERS else False
     fits = learns or recipe.start in INFORMED
-    reads = fits or recipe.polish
+    reads = fits or recipe.polish or bool(set(recipe.rewrites) & set(READ_INPUTS))
     if rows is not None and reads:
         split(rows, recipe)
     if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
@@ -109,6 +111,7 @@ def quantize(
         settings = {name: job.choices[name].value for name in ("device", "compute_dtype")}
         root = chain("logitwise", model=job.digest, versions=versions(), numerics=NUMERICS, **settings)
         data = rows_of_run(job, recipe, rows, folder, root, watcher) if reads else None
+        job, root, rewritten = _rewrite(job, recipe, data, folder, root, watcher)
         if fits and data:
             still = {} if learns else {"objective": "mse", "steps": 0, "steps_last": 0}
             steps = _fit(job, recipe.but(**still), data, folder, root, watcher)
@@ -132,6 +135,7 @@ def quantize(
             "choices": {name: asdict(choice) for name, choice in job.choices.items()},
             "replay_difference": job.replay_difference,
             "calibration": data.counts if data else {},
+            "rewrites": rewritten,
             "windows": [folder.record(step.key) for step in steps],
             "polish": polished and {name: getattr(polished, name) for name in POLISH_FIGURES},
             "fitted_by": made_by[-1].objective,
@@ -144,6 +148,42 @@ def quantize(
         if not keep_run:
             folder.remove()
     return Result(out, recipe, job.choices, made_by[-1].objective, held_out_kl, unmet, report)
+
+
+def _rewrite(
+    job: Job, recipe: Recipe, data: RunRows | None, folder: RunFolder, root: str, watcher: Watcher
+) -> tuple[Job, str, dict[str, Any] | None]:
+    """The job on the rewritten model, the key of what follows, and what was done; as they came without rewrites."""
+    if not recipe.rewrites:
+        return job, root, None
+    rows = data.train[: recipe.rows] if data and set(recipe.rewrites) & set(READ_INPUTS) else None
+    asked = recipe.model_dump(include={"rewrites", "start", "keep", "batch"})
+    key = chain(root, grid=vars(recipe.grid), rows=None if rows is None else rows.digest(), **asked)
+    if folder.has(key):
+        watcher.say("the model was rewritten before")
+    else:
+        with watcher.stage("Rewriting blocks", len(job.skeleton)) as stage:
+            changes, folds = rewrite(job.skeleton, job.folds, recipe, None if rows is None else rows.ids, stage)
+        difference = prove_same(job.source, Rewritten(job.source, changes), job.skeleton.device)
+        left_alone = [f"block {fold.block}: {fold.producer}" for fold in job.left_alone]
+        found = {"logit_difference": difference, "folds": folds, "left_alone": left_alone}
+        folder.save_changes(key, changes, found)
+    record = folder.record(key)
+    _say_rewritten(watcher, recipe, record)
+    source = Rewritten(job.source, folder.load_changes(key))
+    skeleton = Skeleton(source, job.skeleton.device, job.skeleton.dtype)
+    return replace(job, skeleton=skeleton), key, record
+
+
+def _say_rewritten(watcher: Watcher, recipe: Recipe, record: dict[str, Any]) -> None:
+    for name in recipe.rewrites:
+        own = [fold for fold in record["folds"] if fold["rewrite"] == name]
+        before, after = (sum(fold[f"error_{when}"] for fold in own) / len(own) for when in ("before", "after"))
+        blocks = len({fold["block"] for fold in own})
+        watcher.say(f"{name}: {len(own)} folds in {blocks} blocks, mean relative error {before:.3g} to {after:.3g}")
+    if left := record["left_alone"]:
+        names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        watcher.say(f"not rewritten, since --keep has a matrix that would change: {names}")
 
 
 def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, watcher: Watcher) -> list[Step]:
