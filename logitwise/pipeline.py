@@ -1,6 +1,6 @@
 """One run from a model to a checkpoint: the file to read first.
 
-source -> calibration rows -> stream of blocks -> fit -> run folder -> format -> audit -> report
+source -> calibration rows -> rewrites -> stream of blocks -> fit -> run folder -> format -> audit -> report
 """
 
 import gc
@@ -170,9 +170,10 @@ def _rewrite(
         folder.save_changes(key, changes, found)
     record = folder.record(key)
     _say_rewritten(watcher, recipe, record)
-    source = Rewritten(job.source, folder.load_changes(key))
-    skeleton = Skeleton(source, job.skeleton.device, job.skeleton.dtype)
-    return replace(job, skeleton=skeleton), key, record
+    changes = folder.load_changes(key)
+    skeleton = Skeleton(Rewritten(job.source, changes), job.skeleton.device, job.skeleton.dtype)
+    fates = [replace(f, why=f"{f.why}; rewritten") if f.tensor in changes.vectors else f for f in job.fates]
+    return replace(job, skeleton=skeleton, fates=fates), key, record
 
 
 def _say_rewritten(watcher: Watcher, recipe: Recipe, record: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ REWRITES = ("awq", "dual_scale")
 def _in_order(value: Any) -> Any:
     """Names of rewrites, perhaps in one string, in their order and once each."""
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-    known = isinstance(names, list | tuple) and set(names) <= set(REWRITES)
+    known = isinstance(names, list | tuple) and all(name in REWRITES for name in names)
     return tuple(name for name in REWRITES if name in names) if known else names
 
 

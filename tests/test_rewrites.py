@@ -421,6 +421,8 @@ def test_a_checkpoint_of_a_rewritten_model_is_the_model_that_was_measured(
     for name in NORMS:
         assert after.read(name).dtype == torch.bfloat16
         assert not torch.allclose(after.read(name).float(), before.read(name).float(), rtol=0.02)
+    told = [fate["tensor"] for fate in result.report["audit"] if fate["why"].endswith("block; rewritten")]
+    assert sorted(told) == sorted(NORMS)
     assert result.report["rewrites"]["logit_difference"] < 1e-5 * float(own.abs().max())
     assert {(f["block"], f["rewrite"], f["from"]) for f in result.report["rewrites"]["folds"]} == {
         *((block, "awq", name) for block in (0, 1) for name in ("input_layernorm", "post_attention_layernorm")),
