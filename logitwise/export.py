@@ -43,7 +43,8 @@ def export(
 
     Returns: the report as it is in OUT/logitwise.json.
     """
-    source, slots = job.source, {slot.name: slot for slot in job.slots}
+    source, rewritten = job.source, job.skeleton.source
+    slots = {slot.name: slot for slot in job.slots}
     stored_bits = 0
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -59,7 +60,7 @@ def export(
                     yield from job.format.tensors(slot.module, quantized).items()
                 elif fate.fate == "kept":
                     tuned = polished.vectors if polished else {}
-                    yield fate.tensor, tuned[fate.tensor] if fate.tensor in tuned else source.read(fate.tensor)
+                    yield fate.tensor, tuned[fate.tensor] if fate.tensor in tuned else rewritten.read(fate.tensor)
                 stage.advance()
 
     with staged(out, overwrite) as staging:

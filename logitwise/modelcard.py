@@ -12,6 +12,10 @@ def model_card(report: dict[str, Any]) -> str:
     kl = "".join(f"| {objective} | {value:.4f} |\n" for objective, value in report["held_out_kl"].items())
     measured = "\nKL to the original on held-out rows, nats a token:\n\n| after | KL |\n|---|---|\n" + kl if kl else ""
     polished = ", and all scales, norms and biases then tuned together" if (report["polish"] or {}).get("kept") else ""
+    rewrites = " and ".join(recipe["rewrites"])
+    rewritten = (
+        f"\nIts weights were rewritten first, the full-precision model unchanged, by {rewrites}." if rewrites else ""
+    )
     base = f"base_model: {name}\n" if name.count("/") == 1 else ""
     return f"""---
 {base}library_name: transformers
@@ -22,7 +26,7 @@ tags: [logitwise, quantized]
 
 The linear layers of {name} quantized to {each}, by
 [logitwise](https://pypi.org/project/logitwise/) {report["versions"]["logitwise"]} with {recipe["method"]}.
-The final blocks were fitted by {report["fitted_by"]}{polished}.
+The final blocks were fitted by {report["fitted_by"]}{polished}.{rewritten}
 {report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.
 {measured}
 ```python

@@ -1,6 +1,6 @@
 """One run from a model to a checkpoint: the file to read first.
 
-source -> calibration rows -> stream of blocks -> fit -> run folder -> format -> audit -> report
+source -> calibration rows -> rewrites -> stream of blocks -> fit -> run folder -> format -> audit -> report
 """
 
 import gc
@@ -23,6 +23,8 @@ from logitwise.polish import POLISHED, Polish, Polished
 from logitwise.preflight import Job, check
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe
+from logitwise.rewrites import READ_INPUTS
+from logitwise.rewriting import rewritten_job
 from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain
 from logitwise.skeleton import Slot, load_whole
 from logitwise.stream import Walk
@@ -91,7 +93,7 @@ def quantize(
     recipe, out, began = recipe or Recipe.load(), Path(out), time.monotonic()
     learns = QUANTIZERS[recipe.method].learns if recipe.method in QUANTIZERS else False
     fits = learns or recipe.start in INFORMED
-    reads = fits or recipe.polish or recipe.target_bits is not None
+    reads = fits or recipe.polish or recipe.target_bits is not None or bool(set(recipe.rewrites) & set(READ_INPUTS))
     if rows is not None and reads:
         split(rows, recipe)
     if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
@@ -111,6 +113,7 @@ def quantize(
         root = chain("logitwise", model=job.digest, versions=versions(), numerics=NUMERICS, **settings)
         data = rows_of_run(job, recipe, rows, folder, root, watcher) if reads else None
         recipe, allocation = with_bits(job, recipe, data, folder, root, watcher) if data else (recipe, None)
+        job, root, rewritten = rewritten_job(job, recipe, data, folder, root, watcher)
         if fits and data:
             still = {} if learns else {"objective": "mse", "steps": 0, "steps_last": 0}
             steps = _fit(job, recipe.but(**still), data, folder, root, watcher)
@@ -135,6 +138,7 @@ def quantize(
             "choices": {name: asdict(choice) for name, choice in job.choices.items()},
             "replay_difference": job.replay_difference,
             "calibration": data.counts if data else {},
+            "rewrites": rewritten,
             "windows": [folder.record(step.key) for step in steps],
             "polish": polished and {name: getattr(polished, name) for name in POLISH_FIGURES},
             "fitted_by": made_by[-1].objective,

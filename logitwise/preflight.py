@@ -19,6 +19,7 @@ from logitwise.objectives import OBJECTIVES
 from logitwise.polish import POLISHED
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe, not_possible
+from logitwise.rewrites import Fold, find_folds, takes
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedFolder, check_tokenizer, check_weights, open_source
 from logitwise.source.base import Source
@@ -44,7 +45,8 @@ class Job:
     """A model that can be quantized as asked.
 
     Args:
-        source, skeleton: the model.
+        source: the model as it came.
+        skeleton: its modules, and the weights that are quantized: the source's own, or those of its rewrites.
         format: what is written.
         kept: slots that stay in full precision.
         slots: every other one.
@@ -52,6 +54,8 @@ class Job:
         choices: what was chosen automatically.
         digest: of the weights.
         replay_difference: between the model's own logits and those computed block by block.
+        folds: what rewrites may use.
+        left_alone: folds that they may not use, since a matrix of theirs stays in full precision.
     """
 
     source: Source
@@ -63,6 +67,8 @@ class Job:
     choices: dict[str, Choice]
     digest: str
     replay_difference: float
+    folds: list[Fold]
+    left_alone: list[Fold]
 
 
 def check(
@@ -104,8 +110,32 @@ def check(
     with watcher.stage("Proving the replay", 1) as stage:
         difference = skeleton.prove()
         stage.advance()
+    folds, left_alone = _folds(recipe, skeleton, kept, watcher) if recipe.rewrites else ([], [])
     fates, form = audit(source, every, kept), FORMATS[choices["format"].value]
-    return Job(source, skeleton, form, kept, slots, fates, choices, digest, difference)
+    return Job(source, skeleton, form, kept, slots, fates, choices, digest, difference, folds, left_alone)
+
+
+def _folds(
+    recipe: Recipe, skeleton: Skeleton, kept: Callable[[Slot], bool], watcher: Watcher
+) -> tuple[list[Fold], list[Fold]]:
+    """The folds that the recipe's rewrites may use, and those that they may not.
+
+    A matrix in full precision would be rounded to its stored type, and the model would no longer be the same.
+
+    Errors: RecipeError where one of the rewrites has nothing to use.
+    """
+    with watcher.stage("Looking for folds", len(skeleton)) as stage:
+        exact = Skeleton(skeleton.source, skeleton.device, torch.float32)
+        found = find_folds(exact, stage)
+    usable = [fold for fold in found if not any(kept(slot) for slot in fold.slots)]
+    for rewrite in recipe.rewrites:
+        if not any(takes(rewrite, fold) for fold in usable):
+            there = any(takes(rewrite, fold) for fold in found)
+            why = "--keep has a matrix of every fold there is" if there else "no scale can move in any of its blocks"
+            raise RecipeError(
+                f"{rewrite} finds nothing to rewrite in {skeleton.source.name}", why, f"leave {rewrite} out of rewrites"
+            )
+    return usable, [fold for fold in found if fold not in usable]
 
 
 def _check_names(recipe: Recipe) -> None:

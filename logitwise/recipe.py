@@ -50,6 +50,17 @@ def _count_or_all(value: Any) -> int | str:
     raise ValueError("it should be a number of at least 1, or all")
 
 
+REWRITES = ("awq", "dual_scale")
+"""Exact rewrites of the model, in the order in which they are applied."""
+
+
+def _in_order(value: Any) -> Any:
+    """Names of rewrites, perhaps in one string, in their order and once each."""
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    known = isinstance(names, list | tuple) and all(name in REWRITES for name in names)
+    return tuple(name for name in REWRITES if name in names) if known else names
+
+
 class Learning(_Frozen):
     """How the parameters of one role are learned."""
 
@@ -131,6 +142,9 @@ class Recipe(_Frozen):
         "kl", description="where bits matter: by KL with one layer quantized, or by cheap scores of whole blocks"
     )
 
+    rewrites: Annotated[tuple[Literal["awq", "dual_scale"], ...], BeforeValidator(_in_order)] = Field(
+        (), description="exact rewrites of the model before it is quantized: awq, dual_scale"
+    )
     method: str = Field("flexround", description="how weights are learned")
     objective: str = Field("lfq", description="what the final blocks are fitted by")
     objective_settings: dict[str, Any] = Field({}, description="of the objective: temperature, k, share, prompts")

@@ -20,6 +20,7 @@ from logitwise.calibration.rows import Rows
 from logitwise.errors import MachineError
 from logitwise.grid import Grid, Quantized
 from logitwise.polish import Polished
+from logitwise.source.rewritten import Changes
 
 POLISH_FIGURES = ("losses", "held_out", "kept", "tokens", "flat")
 """What the record of a polish holds."""
@@ -99,6 +100,19 @@ class RunFolder:
         held_out = [(step, kl) for step, kl in record["held_out"]]
         figures = {name: record[name] for name in POLISH_FIGURES} | {"held_out": held_out}
         return Polished(parts["scale"], parts["vector"], **figures)
+
+    def save_changes(self, key: str, changes: Changes, record: dict[str, Any]) -> None:
+        """What finished rewrites changed."""
+        parts = vars(changes).items()
+        self._write(key, {f"{part}:{name}": x for part, found in parts for name, x in found.items()}, record)
+
+    def load_changes(self, key: str) -> Changes:
+        """What finished rewrites changed."""
+        changes = Changes()
+        for name, tensor in load_file(self.path / f"{key}.safetensors").items():
+            part, _, rest = name.partition(":")
+            getattr(changes, part)[rest] = tensor
+        return changes
 
     def save_rows(self, key: str, rows: Rows, held_out: Rows, record: dict[str, Any]) -> None:
         """The calibration rows of a run."""

@@ -416,7 +416,7 @@ class Skeleton:
         """
         dtype, self.dtype = self.dtype, torch.float32
         try:
-            own, replayed = self._both_logits()
+            own, replayed = self.proof_logits()
         except (SourceError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the model's own code, called in a way it may not expect
@@ -436,8 +436,8 @@ class Skeleton:
             )
         return difference
 
-    def _both_logits(self) -> tuple[Tensor, Tensor]:
-        """Logits of the model's own forward and of its replay."""
+    def proof_logits(self) -> tuple[Tensor, Tensor]:
+        """Logits of the model's own forward and of its replay, on the tokens and blocks of the proof."""
         picked = {round(i * (len(self) - 1) / (PROOF_BLOCKS - 1)) for i in range(PROOF_BLOCKS)}
         generator = torch.Generator().manual_seed(0)
         vocabulary: int = self.model.config.get_text_config().vocab_size

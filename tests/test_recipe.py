@@ -268,6 +268,29 @@ def test_every_option_says_what_it_is() -> None:
     assert [name for name, field in Recipe.model_fields.items() if not field.description and name != "seed"] == []
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["dual_scale", "awq"], ("awq", "dual_scale")),
+        (["awq", "awq"], ("awq",)),
+        ("awq", ("awq",)),
+        ("dual_scale, awq", ("awq", "dual_scale")),
+        ([], ()),
+    ],
+)
+def test_rewrites_have_one_order(given: object, expected: tuple[str, ...]) -> None:
+    assert Recipe.load(None, rewrites=given).rewrites == expected
+
+
+def test_rewrites_are_named_on_the_command_line() -> None:
+    for pair in ("rewrites=dual_scale,awq", 'rewrites=["dual_scale", "awq"]'):
+        assert Recipe.load(None, **parse_settings([pair])).rewrites == ("awq", "dual_scale")
+    with pytest.raises(RecipeError, match=r"rewrites.* is not possible"):
+        Recipe.load(None, **parse_settings(["rewrites=smooth,awq"]))
+    with pytest.raises(RecipeError, match=r"rewrites.* is not possible"):
+        Recipe.load(None, **parse_settings(["rewrites=[[1]]"]))
+
+
 def test_a_constant_rate_has_no_end() -> None:
     constant = {"optimizer": "adam", "rate": 1e-3, "schedule": "constant", "end": 0.1}
     with pytest.raises(RecipeError, match="falls to no end"):
