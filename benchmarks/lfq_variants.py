@@ -32,6 +32,8 @@ GRIDS: dict[str, dict[str, Any]] = {
     "w2ch": {"bits": 2, "group_size": None},
     "w3ch": {"bits": 3, "group_size": None},
     "w4ch": {"bits": 4, "group_size": None},
+    **{f"target {bits}": {"target_bits": bits} for bits in (2.5, 3.0)},
+    **{f"even {bits}": {"target_bits": bits, "sensitivity": "even"} for bits in (2.5, 3.0)},
 }
 FITS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "objective": "mse"},
@@ -66,7 +68,7 @@ def main() -> None:
     parser.add_argument("--eval", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=GRIDS)
+    parser.add_argument("--grids", nargs="+", default=[*GRIDS][:4], choices=GRIDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=[FULL, *VARIANTS])
     parser.add_argument("--calibration", default="both", choices=KINDS)

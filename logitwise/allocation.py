@@ -41,7 +41,8 @@ def with_bits(
     found = folder.record(key)
     counts = Counter(found["bits"].values())
     shares = ", ".join(f"{counts[bits]} layers at {bits} bits" for bits in sorted(counts))
-    watcher.say(f"bits where they matter: {shares}; {found['bits_per_weight']:.3f} bits a weight")
+    where = "bits spread evenly" if recipe.sensitivity == "even" else "bits where they matter"
+    watcher.say(f"{where}: {shares}; {found['bits_per_weight']:.3f} bits a weight")
     if kl := found["held_out_kl"]:
         sentence = f"KL {kl['allocated']:.4f}, spread evenly {kl['evenly']:.4f} (held-out rows, before any fit)"
         if not kl["allocated"] < kl["evenly"]:
@@ -51,7 +52,7 @@ def with_bits(
                 "choose another target, --set sensitivity=..., or --bits for all layers alike",
             )
         watcher.say(sentence)
-    else:
+    elif recipe.sensitivity != "even":
         watcher.say("no rows were held out: whether that is better than bits spread evenly was not asked")
     return recipe.but(layers={module: {"bits": bits} for module, bits in found["bits"].items()}), found
 
@@ -67,9 +68,11 @@ def _measured(job: Job, recipe: Recipe, data: RunRows, watcher: Watcher) -> dict
         layers = Sensitivity(skeleton, recipe, job.kept, _few(data)).of_layers(stage)
         weights = sum(slot.out_features * slot.in_features for slot in job.slots)
         size = int(recipe.target_bits * weights)
-        bits, evenly = allocate(layers, size), spread_evenly(layers, size)
-        kl = {}
-        if len(data.held_out):
+        bits = evenly = spread_evenly(layers, size)
+        kl: dict[str, float] = {}
+        if recipe.sensitivity != "even":
+            bits = allocate(layers, size)
+        if recipe.sensitivity != "even" and len(data.held_out):
             judge = Sensitivity(skeleton, recipe, job.kept, data.held_out)
             for name, one in (("allocated", bits), ("evenly", evenly)):
                 kl[name] = judge.of_model(one)

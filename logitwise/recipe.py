@@ -138,8 +138,10 @@ class Recipe(_Frozen):
     target_bits: float | None = Field(
         None, ge=2, le=9, description="bits a quantized weight on average, scales included, given where they matter"
     )
-    sensitivity: Literal["kl", "lim", "zd"] = Field(
-        "kl", description="where bits matter: by KL with one layer quantized, or by cheap scores of whole blocks"
+    sensitivity: Literal["kl", "lim", "zd", "even"] = Field(
+        "kl",
+        description="where bits matter: by KL with one layer quantized, or by cheap scores of whole blocks; even: "
+        "nowhere, as a control",
     )
 
     rewrites: Annotated[tuple[Literal["awq", "dual_scale"], ...], BeforeValidator(_in_order)] = Field(

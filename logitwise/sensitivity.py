@@ -106,7 +106,9 @@ class Sensitivity:
             groups = self._together(block, weights, hidden)
             self._advance(block, weights, hidden)
             matrices = [slot.get(weights).float() for one in groups for slot in one.slots]
-            if self.recipe.sensitivity == "lim":
+            if self.recipe.sensitivity == "even":
+                worth = 1.0
+            elif self.recipe.sensitivity == "lim":
                 worth = 1 - float(cosine_similarity(before.float(), hidden.float(), dim=-1).mean())
             else:
                 outside = sum(int((w > w.mean() + w.std()).sum()) for w in matrices)

@@ -162,6 +162,15 @@ def test_what_cannot_be_given_is_refused_before_the_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_bits_spread_evenly_are_a_control(folder: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    heard = Listener()
+    result = logitwise.quantize(folder, tmp_path / "out", asked(text, sensitivity="even"), watcher=heard)
+    found = result.report["allocation"]
+    assert found["bits_per_weight"] == found["evenly_bits_per_weight"] == result.report["bits_per_weight"]
+    assert found["held_out_kl"] == {}
+    assert any(sentence.startswith("bits spread evenly: ") for sentence in heard.said)
+
+
 @pytest.mark.parametrize("method", ["rtn", "flexround"])
 def test_layers_have_the_grids_that_the_recipe_names(
     folder: Path,  # noqa: F811
