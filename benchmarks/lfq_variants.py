@@ -32,8 +32,8 @@ GRIDS: dict[str, dict[str, Any]] = {
     "w2ch": {"bits": 2, "group_size": None},
     "w3ch": {"bits": 3, "group_size": None},
     "w4ch": {"bits": 4, "group_size": None},
-    **{f"target {bits}": {"target_bits": bits} for bits in (2.5, 3.0)},
-    **{f"even {bits}": {"target_bits": bits, "sensitivity": "even"} for bits in (2.5, 3.0)},
+    **{f"target {bits}": {"target_bits": bits, "scale_dtype": "float16"} for bits in (2.5, 3.0)},
+    **{f"even {bits}": {"target_bits": bits, "scale_dtype": "float16", "sensitivity": "even"} for bits in (2.5, 3.0)},
 }
 FITS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "objective": "mse"},
@@ -102,7 +102,7 @@ def work(given: argparse.Namespace) -> None:
     (grid,), (seed,) = given.grids, given.seeds
     common = {"steps": 300, "rows": given.rows, "row_tokens": 256, "held_out": 16, "batch": 8, "scale_dtype": "float32"}
     machine = {"device": given.device, "compute_dtype": "float32", "seed": seed}
-    base = {**GRIDS[grid], **common, **machine, **parse_settings(given.set)}
+    base = {**common, **GRIDS[grid], **machine, **parse_settings(given.set)}
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         run, out = Path(temporary) / "run", Path(temporary) / "out"
