@@ -3,13 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from logitwise.convert import export
     from logitwise.errors import LogitwiseError
     from logitwise.pipeline import Result, quantize
     from logitwise.recipe import Recipe
 
-__all__ = ["LogitwiseError", "Recipe", "Result", "quantize"]
+__all__ = ["LogitwiseError", "Recipe", "Result", "export", "quantize"]
 
-_PLACES = {"LogitwiseError": "errors", "Recipe": "recipe", "Result": "pipeline", "quantize": "pipeline"}
+_PLACES = {
+    "LogitwiseError": "errors",
+    "Recipe": "recipe",
+    "Result": "pipeline",
+    "export": "convert",
+    "quantize": "pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

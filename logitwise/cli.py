@@ -84,6 +84,7 @@ def quantize(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 3 where a fit gained nothing and was not kept.")
     ] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the written checkpoint back.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     log: Log = None,
@@ -135,6 +136,7 @@ def quantize(
             fresh=fresh,
             keep_run=keep_run,
             revision=revision,
+            verify=not no_verify,
             watcher=watcher,
         )
         show_result(Console(), result)
@@ -172,6 +174,27 @@ def evaluate(
         show_evaluation(Console(), found)
         if json_file is not None:
             json_file.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    format: Annotated[str, typer.Option("--format", help="What to write it in.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the written checkpoint back.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log: Log = None,
+) -> None:
+    """Write a quantized checkpoint in another format: the same weights, or a refusal that names what fits."""
+    with _watching(quiet, verbose, log) as watcher:
+        from logitwise.convert import export as run
+        from logitwise.report.figures import show_exported
+
+        show_exported(
+            Console(), run(checkpoint, out, format, overwrite=overwrite, verify=not no_verify, watcher=watcher)
+        )
 
 
 @app.command()

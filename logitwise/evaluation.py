@@ -11,7 +11,6 @@ import torch
 from logitwise.calibration import documents_of, separator_of
 from logitwise.calibration.rows import Rows, pack
 from logitwise.errors import CalibrationError, SourceError
-from logitwise.export import read_report
 from logitwise.machine import choose_machine, versions
 from logitwise.measure.likelihood import VERSION, Likelihood, as_json, likelihood, outputs
 from logitwise.recipe import Recipe
@@ -19,6 +18,7 @@ from logitwise.skeleton import Skeleton
 from logitwise.source import QuantizedFolder, check_tokenizer, open_source
 from logitwise.source.base import Source
 from logitwise.watch import SILENT, Watcher
+from logitwise.writing import read_report
 
 
 @dataclass(frozen=True)

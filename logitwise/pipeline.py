@@ -15,7 +15,6 @@ from logitwise.allocation import with_bits
 from logitwise.calibrate import RunRows, rows_of_run, split
 from logitwise.calibration import fresh_rows
 from logitwise.calibration.rows import Rows
-from logitwise.export import export
 from logitwise.fit import Window
 from logitwise.grid import Quantized
 from logitwise.machine import repeatable, versions
@@ -30,6 +29,7 @@ from logitwise.skeleton import Slot, load_whole
 from logitwise.stream import Walk
 from logitwise.watch import SILENT, Watcher
 from logitwise.windows import NUMERICS, Step, made_by_mse, plan_steps
+from logitwise.writing import write
 
 ROWS_AT_A_TIME = 8
 """Steps whose fresh rows are written together: a model writes many answers at once in little more time."""
@@ -72,6 +72,7 @@ def quantize(
     keep_run: bool = False,
     run_folder: str | Path | None = None,
     revision: str | None = None,
+    verify: bool = True,
     watcher: Watcher = SILENT,
 ) -> Result:
     """Quantizes a model block by block and writes a checkpoint.
@@ -86,6 +87,7 @@ def quantize(
         keep_run: leave the run folder in place.
         run_folder: where finished windows are; `OUT.run` by default.
         revision: of a hub id.
+        verify: read the written checkpoint back and compare it, bit for bit, before it appears.
         watcher: hears what is being done.
 
     Errors: InputError for what is refused before the work; MachineError where the machine fails, to be resumed.
@@ -147,7 +149,7 @@ def quantize(
             "versions": versions(),
             "seconds": round(time.monotonic() - began, 1),
         }
-        report = export(job, out, recipe.grid_of, codes, polished, report, overwrite, watcher)
+        report = write(job, out, recipe.grid_of, codes, polished, report, overwrite, verify, watcher)
         if not keep_run:
             folder.remove()
     return Result(out, recipe, job.choices, made_by[-1].objective, held_out_kl, unmet, report)

@@ -99,6 +99,8 @@ def write_config(
         dtype: the type of the tensors that are not quantized, and the one that `dtype="auto"` loads the model in.
     """
     content = json.loads(config.to_json_string())
+    for key in ("quantization_config", "quantization"):  # of a checkpoint that is exported in another format
+        content.pop(key, None)
     dtype_name = str(dtype).removeprefix("torch.")
     content |= {"dtype": dtype_name, "torch_dtype": dtype_name, "quantization_config": quantization_config}
     content |= legacy_rope(content.get("rope_parameters") or {})

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
+from logitwise.convert import Exported
 from logitwise.demo import Demo
 from logitwise.evaluation import Contents, Evaluation, Size
 from logitwise.measure.likelihood import Figure, Likelihood, kl_difference
@@ -60,6 +61,13 @@ def show_contents(console: Console, found: Contents, every: bool) -> None:
         table(console, ("tensor", "shape", "stored"), [[n, " x ".join(map(str, s)), k] for n, s, k in found.tensors])
     else:
         console.print("[dim]-v lists them[/]")
+
+
+def show_exported(console: Console, found: Exported) -> None:
+    """What `export` wrote."""
+    console.print(
+        f"[bold]{escape(str(found.out))}[/]: {_megabytes(found.size_bytes)}, {found.layers} layers in {found.format}"
+    )
 
 
 def show_demo(console: Console, found: Demo) -> None:

@@ -1,0 +1,117 @@
+"""`export`: a quantized checkpoint in another format, without a weight changed, or a refusal that names what fits."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitwise.errors import FormatError, SourceError
+from logitwise.formats import FORMATS, Format
+from logitwise.formats.checkpoint import check_output, staged, write_json
+from logitwise.grid import Grid, Quantized
+from logitwise.modelcard import model_card
+from logitwise.skeleton import Skeleton, Slot
+from logitwise.source import QuantizedFolder, open_source
+from logitwise.watch import SILENT, Watcher
+from logitwise.writing import read_back, read_report, write_model_files, write_tensors
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Args:
+        out: the checkpoint.
+        format: what it is in.
+        size_bytes: of its weight files.
+        layers: how many are quantized.
+    """
+
+    out: Path
+    format: str
+    size_bytes: int
+    layers: int
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    format: str,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    watcher: Watcher = SILENT,
+) -> Exported:
+    """Writes a quantized checkpoint in another format: the same codes, scales and zero points.
+
+    Args:
+        checkpoint: a folder in any format that is read.
+        out: the folder to write; it appears only when complete.
+        format: compressed-tensors or another of `FORMATS`.
+        overwrite: replace what OUT holds.
+        verify: read OUT back and compare it, bit for bit, before it appears.
+        watcher: hears how far it is.
+
+    Errors: InputError, before anything is written: where the checkpoint is not quantized, or the format does not hold
+    its grids; then the formats that do are named.
+    """
+    out = Path(out)
+    check_output(out, overwrite)
+    if format not in FORMATS:
+        raise FormatError(
+            f"there is no format {format}", f"those there are: {', '.join(FORMATS)}", "choose one of them"
+        )
+    source = open_source(checkpoint)
+    if not isinstance(source, QuantizedFolder):
+        raise SourceError(
+            f"{checkpoint} is not quantized", "its weights are in full precision", "quantize it, with --format"
+        )
+    skeleton = Skeleton(source, torch.device("cpu"), torch.float32)
+    every = {slot.name: slot for block in range(len(skeleton)) for slot in skeleton.slots(block)}
+    grids = {slot: grid for name, slot in every.items() if (grid := source.grid(name)) is not None}
+    outside = [name for name in source.names() if source.grid(name) is not None and name not in every]
+    if outside:
+        raise FormatError(
+            f"{outside[0]} is quantized", "layers outside of the blocks are not converted yet", "quantize it anew"
+        )
+    if (reason := _refusal(FORMATS[format], grids)) is not None:
+        fits = [name for name, form in FORMATS.items() if _refusal(form, grids) is None]
+        raise FormatError(f"{format} cannot hold {checkpoint}", reason, f"formats that do: {', '.join(fits) or 'none'}")
+
+    def contents() -> Iterator[tuple[str, Tensor | Quantized]]:
+        for name in source.names():
+            quantized = source.quantized(name)
+            yield name, source.read(name) if quantized is None else quantized
+
+    with staged(out, overwrite) as staging:
+        written = write_tensors(staging, contents(), FORMATS[format], len(source.names()), watcher)
+        own = {slot.module: grid for slot, grid in grids.items()}
+        write_model_files(staging, source, skeleton, FORMATS[format], own)
+        if (report := read_report(Path(checkpoint)) if Path(checkpoint).is_dir() else None) is not None:
+            report = _report(report, format, written.size)
+            write_json(staging / "logitwise.json", report)
+            (staging / "README.md").write_text(model_card(report), encoding="utf-8")
+        if verify:
+            read_back(staging, written, watcher)
+    return Exported(out, format, written.size, len(grids))
+
+
+def _refusal(form: Format, grids: dict[Slot, Grid]) -> str | None:
+    """Why a format cannot hold these layers; None where it can."""
+    together: Collection[Grid] = set(grids.values())
+    if reason := next(filter(None, map(form.holds, together)), None) or form.holds_together(together):
+        return reason
+    for slot, grid in grids.items():
+        reason = form.holds_layer(slot.module, slot.out_features, slot.in_features, slot.transposed, grid)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _report(report: dict[str, Any], format: str, size: int) -> dict[str, Any]:
+    choices = {**report["choices"], "format": {"value": format, "why": "as asked, by export"}}
+    bits = 8 * size / report["parameters"]
+    return {**report, "choices": choices, "size_bytes": size, "bits_per_parameter": bits}

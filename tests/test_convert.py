@@ -1,0 +1,144 @@
+"""A checkpoint in another format is the same model; what is written is read back before it appears."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_pipeline import folder, recipe, text  # noqa: F401
+from typer.testing import CliRunner
+
+import logitwise
+from logitwise.cli import app
+from logitwise.errors import FormatError, MachineError, SourceError
+from logitwise.evaluation import inspect
+from logitwise.formats import FORMATS
+from logitwise.formats.compressed_tensors import CompressedTensors
+from logitwise.grid import Quantized
+from logitwise.source import QuantizedFolder, open_source
+from logitwise.writing import read_report
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    folder: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A symmetric checkpoint with one layer in full precision."""
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    asked = recipe(text, method="rtn", bits=4, symmetric=True, objective="mse", keep=("0.mlp.down",))
+    logitwise.quantize(folder, out, asked)
+    return out
+
+
+def same(one: Path, other: Path) -> None:
+    """Every tensor, codes, scales and zero points are equal."""
+    a, b = open_source(one), open_source(other)
+    assert isinstance(a, QuantizedFolder)
+    assert isinstance(b, QuantizedFolder)
+    assert sorted(a.names()) == sorted(b.names())
+    for name in a.names():
+        assert torch.equal(a.read(name), b.read(name))
+        x, y = a.quantized(name), b.quantized(name)
+        assert (x is None) == (y is None)
+        if x is not None and y is not None:
+            assert torch.equal(x.codes, y.codes)
+            assert torch.equal(x.scale, y.scale)
+            assert torch.equal(x.zero, y.zero)
+
+
+def test_an_exported_checkpoint_is_the_same_model(checkpoint: Path, tmp_path: Path) -> None:
+    found = logitwise.export(checkpoint, tmp_path / "again", "compressed-tensors")
+    same(checkpoint, tmp_path / "again")
+    assert found.layers == 13
+    report, before = read_report(tmp_path / "again"), read_report(checkpoint)
+    assert report is not None
+    assert before is not None
+    assert report["choices"]["format"] == {"value": "compressed-tensors", "why": "as asked, by export"}
+    assert report["audit"] == before["audit"]
+    assert {file.name for file in (tmp_path / "again").iterdir()} == {file.name for file in checkpoint.iterdir()}
+    assert inspect(tmp_path / "again").grid == inspect(checkpoint).grid
+
+
+def test_a_checkpoint_that_nobody_reported_on_is_exported_too(checkpoint: Path, tmp_path: Path) -> None:
+    logitwise.export(checkpoint, tmp_path / "one", "compressed-tensors")
+    for name in ("logitwise.json", "README.md"):
+        (tmp_path / "one" / name).unlink()
+    logitwise.export(tmp_path / "one", tmp_path / "two", "compressed-tensors")
+    same(checkpoint, tmp_path / "two")
+    assert not (tmp_path / "two" / "logitwise.json").exists()
+
+
+def test_refusals_before_anything_is_written(
+    checkpoint: Path,
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Narrow(CompressedTensors):
+        def holds(self, grid: object) -> str | None:
+            return "narrow holds 8 bits only"
+
+    monkeypatch.setitem(FORMATS, "narrow", Narrow())
+    out = tmp_path / "out"
+    with pytest.raises(FormatError, match=r"narrow cannot hold .*\n.*8 bits only\n.*formats that do: compressed"):
+        logitwise.export(checkpoint, out, "narrow")
+    with pytest.raises(FormatError, match=r"no format gguff\n.*compressed-tensors.*narrow"):
+        logitwise.export(checkpoint, out, "gguff")
+    with pytest.raises(SourceError, match=r"is not quantized\n.*full precision"):
+        logitwise.export(folder, out, "compressed-tensors")
+    assert not list(tmp_path.iterdir())
+
+
+def off_by_one(self: CompressedTensors, prefix: str, tensors: object, grid: object) -> Quantized:
+    found = READ(self, prefix, tensors, grid)  # type: ignore[arg-type]
+    return replace(found, zero=found.zero + 1) if prefix.endswith("1.mlp.up_proj") else found
+
+
+READ = CompressedTensors.read
+
+
+@pytest.mark.parametrize("how", ["quantize", "export"])
+def test_what_is_not_read_back_as_it_was_written_does_not_appear(
+    how: str,
+    checkpoint: Path,
+    folder: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, out = recipe(text, method="rtn", bits=4, symmetric=True, objective="mse"), tmp_path / "out"
+    copy = tmp_path / "copy"
+    logitwise.export(checkpoint, copy, "compressed-tensors")
+    monkeypatch.setattr(CompressedTensors, "read", off_by_one)
+
+    def run(verify: bool) -> None:
+        if how == "quantize":
+            logitwise.quantize(folder, out, asked, verify=verify)
+        else:
+            monkeypatch.setattr(CompressedTensors, "read", READ)
+            source = open_source(copy)
+            assert isinstance(source, QuantizedFolder)
+            calls = [0]
+
+            def later(self: CompressedTensors, prefix: str, tensors: object, grid: object) -> Quantized:
+                calls[0] += 1
+                wrong = calls[0] > 13  # the second time through: what was written
+                return (off_by_one if wrong else READ)(self, prefix, tensors, grid)  # type: ignore[operator]
+
+            monkeypatch.setattr(CompressedTensors, "read", later)
+            logitwise.export(copy, out, "compressed-tensors", verify=verify)
+
+    with pytest.raises(MachineError, match=r"layers.1.mlp.up_proj.weight is not read back as it was written"):
+        run(True)
+    assert not out.exists()
+    run(False)
+    assert out.exists()
+
+
+def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["export", str(checkpoint), str(tmp_path / "o"), "--format", "compressed-tensors"])
+    assert found.exit_code == 0
+    assert "13 layers in compressed-tensors" in " ".join(found.stdout.split())
+    same(checkpoint, tmp_path / "o")
