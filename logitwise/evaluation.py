@@ -144,7 +144,7 @@ class Contents:
 
     Args:
         size: on disk.
-        grid: of the quantized layers, in words.
+        grid: of the quantized layers, in words; a line for each where there are several.
         tensors: (name, shape, how it is stored) of every tensor.
         report: what logitwise wrote about it, or None.
     """
@@ -169,7 +169,7 @@ def inspect(model: str | Path) -> Contents:
         stored = f"{grid.bits} bits" if grid else str(source.dtype).removeprefix("torch.")
         tensors.append((name, source.shape(name), stored))
     several = len(grids) > 1
-    in_words = "; ".join(f"{count} layers: {grid}" if several else grid for grid, count in sorted(grids.items()))
+    in_words = "\n".join(f"{count} layers: {grid}" if several else grid for grid, count in sorted(grids.items()))
     tensors.sort(key=lambda entry: [int(part) if part.isdigit() else part for part in entry[0].split(".")])
     report = read_report(Path(model)) if Path(model).is_dir() else None
     return Contents(size_of(source), in_words or "full precision", tensors, report)

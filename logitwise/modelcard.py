@@ -8,7 +8,8 @@ def model_card(report: dict[str, Any]) -> str:
     recipe, name = report["recipe"], report["model"]["name"]
     grids = sorted(report["grids"])
     title = ", ".join(grids[0].split(", ")[:2]) if len(grids) == 1 else f"{report['bits_per_weight']:.2f} bits a weight"
-    each = grids[0] if len(grids) == 1 else "; ".join(f"{report['grids'][grid]} to {grid}" for grid in grids)
+    several = "; ".join(f"{report['grids'][grid]} layers to {grid}" for grid in grids)
+    each = f"quantized to {grids[0]}" if len(grids) == 1 else f"quantized ({several})"
     kl = "".join(f"| {objective} | {value:.4f} |\n" for objective, value in report["held_out_kl"].items())
     measured = "\nKL to the original on held-out rows, nats a token:\n\n| after | KL |\n|---|---|\n" + kl if kl else ""
     polished = ", and all scales, norms and biases then tuned together" if (report["polish"] or {}).get("kept") else ""
@@ -24,7 +25,7 @@ tags: [logitwise, quantized]
 
 # {name}, {title}
 
-The linear layers of {name} quantized to {each}, by
+The linear layers of {name} {each}, by
 [logitwise](https://pypi.org/project/logitwise/) {report["versions"]["logitwise"]} with {recipe["method"]}.
 The final blocks were fitted by {report["fitted_by"]}{polished}.{rewritten}
 {report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.

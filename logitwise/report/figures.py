@@ -47,9 +47,8 @@ def show_evaluation(console: Console, found: Evaluation) -> None:
 
 def show_contents(console: Console, found: Contents, every: bool) -> None:
     """What `inspect` found."""
-    console.print(
-        f"{found.grid}; {_megabytes(found.size.size_bytes)}, {found.size.bits_per_parameter:.2f} bits a parameter"
-    )
+    console.print(found.grid)
+    console.print(f"{_megabytes(found.size.size_bytes)}, {found.size.bits_per_parameter:.2f} bits a parameter")
     if found.size.bits_per_weight is not None:
         console.print(f"{found.size.bits_per_weight:.2f} bits a quantized weight, scales and zero points included")
     if found.report:
