@@ -70,6 +70,7 @@ def export(
         report = {
             **report,
             "grids": dict(Counter(str(grid_of(slot.module)) for slot in job.slots)),
+            "loading": job.format.loaders({grid_of(slot.module) for slot in job.slots}),
             "bits_per_weight": stored_bits / quantized_weights,
             "bits_per_parameter": 8 * size / parameters,
             "size_bytes": size,
@@ -90,12 +91,15 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _write_model_files(job: Job, grid_of: Callable[[str], Grid], staging: Path) -> None:
-    """config.json, tokenizer, chat template, generation config, licence."""
+    """config.json and what a format has beside it, tokenizer, chat template, generation config, licence."""
     grids = {module: grid_of(module) for module in sorted(slot.module for slot in job.slots)}
     ignored = [name for name in job.skeleton.linear_modules() if name not in grids]
     config = job.source.config
     config.architectures = [type(job.skeleton.model).__name__]
-    write_config(staging, config, job.format.quantization_config(grids, ignored), job.source.dtype)
+    described = job.format.quantization_config(grids, ignored)
+    write_config(staging, config, described, job.source.dtype)
+    for name, content in job.format.files(described).items():
+        write_json(staging / name, content)
     job.source.tokenizer().save_pretrained(staging)
     files = job.source.extra_files()
     for file in files:
