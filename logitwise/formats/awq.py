@@ -127,7 +127,7 @@ class Awq(Format):
         return Quantized(_unpack(packed).T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
 
     def grids_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Callable[[str], Grid]:
-        """One grid for every quantized layer, asymmetric always: the config does not tell that all zero points are 8."""
+        """One grid for every quantized layer, asymmetric: the config does not tell whether all zero points are 8."""
         rest = dict(config)
         expect(rest, "quant_method", "awq")
         expect(rest, "zero_point", True)
