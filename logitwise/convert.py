@@ -91,7 +91,7 @@ def export(
         own = {slot.module: grid for slot, grid in grids.items()}
         write_model_files(staging, source, skeleton, FORMATS[format], own)
         if (report := read_report(Path(checkpoint)) if Path(checkpoint).is_dir() else None) is not None:
-            report = _report(report, format, written.size)
+            report = _report(report, FORMATS[format], set(grids.values()), written.size)
             write_json(staging / "logitwise.json", report)
             (staging / "README.md").write_text(model_card(report), encoding="utf-8")
         if verify:
@@ -111,7 +111,13 @@ def _refusal(form: Format, grids: dict[Slot, Grid]) -> str | None:
     return None
 
 
-def _report(report: dict[str, Any], format: str, size: int) -> dict[str, Any]:
-    choices = {**report["choices"], "format": {"value": format, "why": "as asked, by export"}}
+def _report(report: dict[str, Any], form: Format, grids: Collection[Grid], size: int) -> dict[str, Any]:
+    choices = {**report["choices"], "format": {"value": form.name, "why": "as asked, by export"}}
     bits = 8 * size / report["parameters"]
-    return {**report, "choices": choices, "size_bytes": size, "bits_per_parameter": bits}
+    return {
+        **report,
+        "choices": choices,
+        "loading": form.loaders(grids),
+        "size_bytes": size,
+        "bits_per_parameter": bits,
+    }

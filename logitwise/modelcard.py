@@ -30,6 +30,8 @@ The linear layers of {name} {each}, by
 The final blocks were fitted by {report["fitted_by"]}{polished}.{rewritten}
 {report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.
 {measured}
+{report["loading"][0].upper()}{report["loading"][1:]}:
+
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub

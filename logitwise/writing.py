@@ -70,6 +70,7 @@ def write(
         report = {
             **report,
             "grids": dict(Counter(map(str, grids.values()))),
+            "loading": job.format.loaders(set(grids.values())),
             "bits_per_weight": written.bits / sum(slot.out_features * slot.in_features for slot in job.slots),
             "bits_per_parameter": 8 * written.size / parameters,
             "size_bytes": written.size,
@@ -151,12 +152,15 @@ def _digest(content: Tensor | Quantized) -> str:
 
 
 def write_model_files(staging: Path, source: Source, skeleton: Skeleton, form: Format, grids: dict[str, Grid]) -> None:
-    """config.json, tokenizer, chat template, generation config, licence."""
+    """config.json and what a format has beside it, tokenizer, chat template, generation config, licence."""
     grids = dict(sorted(grids.items()))
     ignored = [name for name in skeleton.linear_modules() if name not in grids]
     config = source.config
     config.architectures = [type(skeleton.model).__name__]
-    write_config(staging, config, form.quantization_config(grids, ignored), source.dtype)
+    described = form.quantization_config(grids, ignored)
+    write_config(staging, config, described, source.dtype)
+    for name, content in form.files(described).items():
+        write_json(staging / name, content)
     source.tokenizer().save_pretrained(staging)
     files = source.extra_files()
     for file in files:

@@ -23,6 +23,8 @@ class Format(ABC):
     name: str
     suffixes: tuple[str, ...]
     """What stands after the module's name in the names of a quantized layer's tensors; some may be absent."""
+    scale_suffix: str
+    """That of the scales, whose type is the grid's."""
 
     @abstractmethod
     def holds(self, grid: Grid) -> str | None:
@@ -64,6 +66,36 @@ class Format(ABC):
         Args:
             grids: of every quantized layer, by its module.
             ignored: every Linear module kept in full precision.
+        """
+
+    def files(self, quantization_config: Mapping[str, Any]) -> dict[str, object]:
+        """What else says the same, for old readers: the content of each JSON file beside config.json, by its name."""
+        return {}
+
+    @abstractmethod
+    def loaders(self, grids: Collection[Grid]) -> str:
+        """Which engines load a checkpoint on these grids, in half a sentence; what was not tried says so."""
+
+    def described_by(self, quantization_config: Mapping[str, Any]) -> "Format":
+        """The format as this config says that its files were written; itself where there is one way only.
+
+        Errors: FormatError, naming the key.
+        """
+        return self
+
+    @abstractmethod
+    def shape(
+        self, prefix: str, shapes: Mapping[str, tuple[int, ...]], load: Callable[[str], Tensor], grid: Grid
+    ) -> tuple[int, int]:
+        """Outputs and inputs of a layer, as its stored tensors tell.
+
+        Args:
+            prefix: the layer's module.
+            shapes: of its tensors in the files, by their names there.
+            load: one of them.
+            grid: the layer's grid.
+
+        Errors: FormatError, naming the tensor that does not tell.
         """
 
     @abstractmethod

@@ -22,10 +22,13 @@ from torch import Tensor
 
 from logitwise.errors import FormatError
 from logitwise.formats.base import Format
+from logitwise.formats.checks import check_on_grid, expect, name_of, nothing_left, refusal, take, take_scale, unread
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes, words_of
 from logitwise.grid import Grid, Quantized
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+WIDER = f"; more words than a dense stream of {WORD}-bit words takes: compressed-tensors before 0.18 wrote such"
 
 # Keys that a config may hold and that say nothing about the values of the weights.
 NEUTRAL_KEYS = frozenset({"ignore", "dequantize", "run_compressed", "version", "global_compression_ratio"})
@@ -37,6 +40,7 @@ class CompressedTensors(Format):
 
     name = "compressed-tensors"
     suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    scale_suffix = "weight_scale"
 
     def holds(self, grid: Grid) -> str | None:
         """None, or why the grid cannot be written."""
@@ -45,7 +49,7 @@ class CompressedTensors(Format):
         if grid.group_size is not None and grid.group_size < 1:
             return f"a group size of {grid.group_size} is not a number of inputs"
         if grid.scale_dtype not in SCALE_DTYPES:
-            return f"{self.name} stores scales as float16, bfloat16 or float32, not {_name(grid.scale_dtype)}"
+            return f"{self.name} stores scales as float16, bfloat16 or float32, not {name_of(grid.scale_dtype)}"
         return None
 
     def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
@@ -54,7 +58,7 @@ class CompressedTensors(Format):
         reason = self.holds(grid) or self.holds_layer(prefix, out_features, in_features, False, grid)
         if reason is not None:
             raise FormatError(f"{prefix} cannot be written", reason, "choose another grid or format")
-        _check_on_grid(prefix, quantized)
+        check_on_grid(prefix, quantized)
         stored = {
             f"{prefix}.weight_packed": pack_codes(quantized.codes, grid.bits),
             f"{prefix}.weight_scale": quantized.scale.contiguous(),
@@ -69,7 +73,7 @@ class CompressedTensors(Format):
 
         Asymmetric layers are loaded by transformers only with `dequantize`, which takes the first scheme for all.
         """
-        dtypes = {_name(grid.scale_dtype) for grid in grids}
+        dtypes = {name_of(grid.scale_dtype) for grid in grids}
         if len(dtypes) > 1:
             return f"{self.name} has one scale type for all layers, not {' and '.join(sorted(dtypes))}"
         if len(grids) > 1 and not all(grid.symmetric for grid in grids):
@@ -99,30 +103,38 @@ class CompressedTensors(Format):
 
     def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
         """One layer, with its zero points written out where the grid is symmetric."""
-        shape = _take(tensors, f"{prefix}.weight_shape", torch.int64, (2,))
-        out_features, in_features = (int(size) for size in shape)
-        if out_features < 1 or in_features < 1:
-            raise _refusal(f"{prefix}.weight_shape", f"it says [{out_features}, {in_features}]")
+        out_features, in_features = _shape_in(prefix, tensors)
         reason = self.holds_layer(prefix, out_features, in_features, False, grid)
         if reason is not None:
-            raise _refusal(f"{prefix}.weight_shape", reason)
+            raise refusal(f"{prefix}.weight_shape", reason)
         groups = grid.groups(in_features)
 
         words = (out_features, words_of(in_features, grid.bits))
-        packed = _take(tensors, f"{prefix}.weight_packed", torch.int32, words)
-        scale = _take(tensors, f"{prefix}.weight_scale", grid.scale_dtype, (out_features, groups))
-        if not bool(torch.isfinite(scale).all()):
-            raise _refusal(f"{prefix}.weight_scale", "it holds NaN or infinity")
+        packed = take(tensors, f"{prefix}.weight_packed", torch.int32, words, WIDER)
+        scale = take_scale(tensors, f"{prefix}.weight_scale", grid.scale_dtype, (out_features, groups))
         for suffix in ("weight_g_idx", "weight_zero_point"):
             if f"{prefix}.{suffix}" in tensors and (grid.symmetric or suffix == "weight_g_idx"):
-                raise _refusal(f"{prefix}.{suffix}", "its config describes a layer that has no such tensor")
+                raise refusal(f"{prefix}.{suffix}", "its config describes a layer that has no such tensor")
         if grid.symmetric:
             zero = torch.full((out_features, groups), grid.middle, dtype=torch.uint8)
         else:
             words = (words_of(out_features, grid.bits), groups)
-            stored = _take(tensors, f"{prefix}.weight_zero_point", torch.int32, words)
+            stored = take(tensors, f"{prefix}.weight_zero_point", torch.int32, words)
             zero = unpack_codes(stored.T, grid.bits, out_features).T.contiguous()
         return Quantized(unpack_codes(packed, grid.bits, in_features), scale, zero, grid)
+
+    def shape(
+        self, prefix: str, shapes: Mapping[str, tuple[int, ...]], load: Callable[[str], Tensor], grid: Grid
+    ) -> tuple[int, int]:
+        """As `weight_shape` says."""
+        name = f"{prefix}.weight_shape"
+        return _shape_in(prefix, {name: load(name)} if name in shapes else {})
+
+    def loaders(self, grids: Collection[Grid]) -> str:
+        # On a CPU, vLLM 0.32 has a kernel for 4 bits only; what it serves on a GPU is read from its source, not run.
+        four = all(grid.bits == 4 for grid in grids)
+        served = "and vLLM serves it" if four else "vLLM should serve it on a GPU (not tried)"
+        return f"transformers with compressed-tensors 0.18 loads it, {served}"
 
     def grids_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Callable[[str], Grid]:
         """The grids of a config with integer weights and no quantized activations.
@@ -131,15 +143,15 @@ class CompressedTensors(Format):
         else that of "Linear", as compressed-tensors has it; one scheme alone is that of every quantized layer.
         """
         rest = dict(config)
-        _expect(rest, "quant_method", "compressed-tensors")
-        _expect(rest, "format", "pack-quantized")
-        _expect(rest, "quantization_status", "compressed")
+        expect(rest, "quant_method", "compressed-tensors")
+        expect(rest, "format", "pack-quantized")
+        expect(rest, "quantization_status", "compressed")
         for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-            _expect(rest, key, None, {})
+            expect(rest, key, None, {})
         groups = rest.pop("config_groups", None)
         if not isinstance(groups, Mapping) or not groups:
-            raise _unread("config_groups", "no groups", "one or more")
-        _nothing_left(rest, NEUTRAL_KEYS)
+            raise unread("config_groups", "no groups", "one or more")
+        nothing_left(rest, NEUTRAL_KEYS)
         grids = {name: self._grid_of_scheme(scheme, scale_dtype) for name, scheme in groups.items()}
         if len(grids) == 1:
             (only,) = grids.values()
@@ -165,36 +177,44 @@ class CompressedTensors(Format):
 
     def _grid_of_scheme(self, scheme: object, scale_dtype: torch.dtype) -> Grid:
         if not isinstance(scheme, Mapping) or not isinstance(scheme.get("weights"), Mapping):
-            raise _unread("weights", "nothing", "a scheme for the weights")
+            raise unread("weights", "nothing", "a scheme for the weights")
         rest = dict(scheme)
         weights = dict(rest.pop("weights"))
         for key in ("input_activations", "output_activations"):
-            _expect(rest, key, None)
-        _expect(rest, "format", None, "pack-quantized")
-        _nothing_left(rest, frozenset({"targets"}))
+            expect(rest, key, None)
+        expect(rest, "format", None, "pack-quantized")
+        nothing_left(rest, frozenset({"targets"}))
         return self._grid_of_weights(weights, scale_dtype)
 
     def _grid_of_weights(self, weights: dict[str, Any], scale_dtype: torch.dtype) -> Grid:
-        _expect(weights, "type", "int")
-        _expect(weights, "dynamic", False)
-        _expect(weights, "actorder", None, "static", "weight")
-        _expect(weights, "block_structure", None)
+        expect(weights, "type", "int")
+        expect(weights, "dynamic", False)
+        expect(weights, "actorder", None, "static", "weight")
+        expect(weights, "block_structure", None)
         bits, symmetric = weights.pop("num_bits", None), weights.pop("symmetric", None)
         strategy, group_size = weights.pop("strategy", None), weights.pop("group_size", None)
-        _nothing_left(weights, NEUTRAL_WEIGHT_KEYS)
+        nothing_left(weights, NEUTRAL_WEIGHT_KEYS)
         if type(bits) is not int:
-            raise _unread("num_bits", repr(bits), "a whole number")
+            raise unread("num_bits", repr(bits), "a whole number")
         if type(symmetric) is not bool:
-            raise _unread("symmetric", repr(symmetric), "true or false")
+            raise unread("symmetric", repr(symmetric), "true or false")
         if strategy not in ("group", "channel"):
-            raise _unread("strategy", repr(strategy), "'group' or 'channel'")
+            raise unread("strategy", repr(strategy), "'group' or 'channel'")
         if (type(group_size) is not int) if strategy == "group" else (group_size is not None):
-            raise _unread("group_size", repr(group_size), "a whole number for 'group', null for 'channel'")
+            raise unread("group_size", repr(group_size), "a whole number for 'group', null for 'channel'")
         grid = Grid(bits, group_size, symmetric, scale_dtype)
         reason = self.holds(grid)
         if reason is not None:
             raise FormatError("this quantization_config is not read", reason, "check its config_groups")
         return grid
+
+
+def _shape_in(prefix: str, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    name = f"{prefix}.weight_shape"
+    out_features, in_features = (int(size) for size in take(tensors, name, torch.int64, (2,)))
+    if out_features < 1 or in_features < 1:
+        raise refusal(name, f"it says [{out_features}, {in_features}]")
+    return out_features, in_features
 
 
 def _scheme(grid: Grid, targets: list[str]) -> dict[str, Any]:
@@ -207,60 +227,3 @@ def _scheme(grid: Grid, targets: list[str]) -> dict[str, Any]:
         "dynamic": False,
     }
     return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_on_grid(prefix: str, quantized: Quantized) -> None:
-    """Refuses what the packed form could not give back: a value beyond the bits, a zero point that is not stored."""
-    grid = quantized.grid
-    remedy = "quantize this layer again; if that does not help, report it as a bug"
-    groups = (quantized.codes.shape[0], grid.groups(quantized.codes.shape[1]))
-    for what, tensor, dtype in (("scale", quantized.scale, grid.scale_dtype), ("zero", quantized.zero, torch.uint8)):
-        if tuple(tensor.shape) != groups or tensor.dtype != dtype:
-            found = f"{_name(tensor.dtype)} {list(tensor.shape)}"
-            why = f"its grid asks for {_name(dtype)} {list(groups)}"
-            raise FormatError(f"{prefix}: {what} is {found}", why, remedy)
-    for what, tensor in (("code", quantized.codes), ("zero point", quantized.zero)):
-        if int(tensor.max()) > grid.levels:
-            why = f"{grid.bits} bits hold 0 to {grid.levels}"
-            raise FormatError(f"{prefix}: {what} {int(tensor.max())} is out of range", why, remedy)
-    if grid.symmetric and not bool((quantized.zero == grid.middle).all()):
-        why = f"a symmetric grid stores none; all must be {grid.middle}"
-        raise FormatError(f"{prefix}: zero points differ from {grid.middle}", why, remedy)
-
-
-def _refusal(name: str, why: str) -> FormatError:
-    return FormatError(f"tensor {name} is refused", why, "check that the checkpoint is complete and its config its own")
-
-
-def _take(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if name not in tensors:
-        raise _refusal(name, "it is missing")
-    tensor = tensors[name]
-    if tensor.dtype == dtype and tuple(tensor.shape) == shape:
-        return tensor
-    why = f"expected {_name(dtype)} {list(shape)}, found {_name(tensor.dtype)} {list(tensor.shape)}"
-    if name.endswith("weight_packed") and tensor.dim() == 2 and tensor.shape[1] > shape[1]:
-        why += f"; more words than a dense stream of {WORD}-bit words takes: compressed-tensors before 0.18 wrote such"
-    raise _refusal(name, why)
-
-
-def _unread(key: str, found: str, expected: str) -> FormatError:
-    why = f"it says {found}; logitwise reads {expected}"
-    return FormatError(f"quantization_config: {key} is not read", why, "give another checkpoint")
-
-
-def _expect(config: dict[str, Any], key: str, *allowed: object) -> None:
-    """Takes a key out of the config; only some values are read, and a missing key counts as null."""
-    value = config.pop(key, None)
-    if value not in allowed:
-        raise _unread(key, repr(value), " or ".join(repr(one) for one in allowed))
-
-
-def _nothing_left(config: dict[str, Any], neutral: frozenset[str]) -> None:
-    unknown = sorted(set(config) - neutral)
-    if unknown:
-        raise _unread(unknown[0], repr(config[unknown[0]]), "checkpoints without this key")

@@ -97,6 +97,7 @@ def _kept(report: dict[str, Any]) -> str:
 def _show_loading(console: Console, result: Result) -> None:
     console.print(
         f"""
+# {result.report["loading"]}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{result.out}")
 tokenizer = AutoTokenizer.from_pretrained("{result.out}")""",

@@ -59,7 +59,7 @@ class QuantizedFolder(FolderSource):
                 f"that method is not read yet; those that are: {', '.join(FORMATS)}",
                 "give the model it was quantized from, in full precision",
             )
-        self._format = FORMATS[method]
+        self._format = FORMATS[method].described_by(self.quantization_config)
         self._tensors_of = self._group()
         self.grid_of = self._grids()
         shapes: dict[str, tuple[int, ...]] = {}
@@ -81,15 +81,17 @@ class QuantizedFolder(FolderSource):
         return groups
 
     def _grids(self) -> Callable[[str], Grid]:
-        scales = {entry.dtype for name, entry in self._shards.entries.items() if name.endswith("_scale")}
+        scale = f".{self._format.scale_suffix}"
+        scales = {entry.dtype for name, entry in self._shards.entries.items() if name.endswith(scale)}
         known = sorted(scales & set(DTYPES))
         return self._format.grids_of(self.quantization_config, DTYPES[known[0]] if known else torch.float16)
 
     def _shape_of(self, prefix: str) -> tuple[int, ...]:
-        stored = f"{prefix}.weight_shape"
-        if stored not in self._tensors_of[prefix]:
-            raise SourceError(f"tensor {stored} is missing", f"{prefix} is quantized", "fetch the model again")
-        return tuple(int(size) for size in self.raw(stored).flatten())
+        shapes = {stored: self._shards.entries[stored].shape for stored in self._tensors_of[prefix]}
+        if f"{prefix}.weight" in self._shards.entries:
+            what = f"{prefix} is stored twice"
+            raise SourceError(what, "it has a weight in full precision and a quantized one", "fetch the model again")
+        return self._format.shape(prefix, shapes, self.raw, self.grid_of(prefix))
 
 
 def open_folder(folder: Path, name: str | None = None) -> FolderSource:

@@ -79,16 +79,16 @@ def test_full_precision_folder_is_not_quantized(tmp_path: Path):
 
 
 def test_other_methods_are_refused_by_name(tmp_path: Path):
-    describe(save(random_model(llama_config()), tmp_path), {"quant_method": "gptq", "bits": 4})
+    describe(save(random_model(llama_config()), tmp_path), {"quant_method": "hqq", "bits": 4})
     with pytest.raises(SourceError) as refused:
         open_source(tmp_path)
-    assert "is quantized by gptq" in str(refused.value)
+    assert "is quantized by hqq" in str(refused.value)
     assert "not read yet" in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("suffix", "expected"),
-    [("weight_shape", "weight_shape is missing"), ("weight_packed", "weight_packed")],
+    [("weight_shape", "weight_shape is refused\n  why:  it is missing"), ("weight_packed", "weight_packed")],
 )
 def test_missing_part_of_a_quantized_weight(tmp_path: Path, suffix: str, expected: str):
     quantize(save(random_model(llama_config()), tmp_path), Grid(4, 16, False))
