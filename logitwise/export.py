@@ -64,7 +64,7 @@ def export(
                 stage.advance()
 
     with staged(out, overwrite) as staging:
-        size = write_checkpoint(staging, tensors())
+        size = write_checkpoint(staging, tensors(), written_for=job.format.written_for)
         quantized_weights = sum(slot.out_features * slot.in_features for slot in job.slots)
         parameters = sum(_count(source.shape(name)) for name in source.names())
         report = {
@@ -95,7 +95,8 @@ def _write_model_files(job: Job, grid_of: Callable[[str], Grid], staging: Path) 
     ignored = [name for name in job.skeleton.linear_modules() if name not in grids]
     config = job.source.config
     config.architectures = [type(job.skeleton.model).__name__]
-    write_config(staging, config, job.format.quantization_config(grids, ignored), job.source.dtype)
+    quantization = job.format.quantization_config(grids, ignored)
+    write_config(staging, config, quantization, job.source.dtype, job.format.config_keys)
     job.source.tokenizer().save_pretrained(staging)
     files = job.source.extra_files()
     for file in files:

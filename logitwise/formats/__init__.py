@@ -5,9 +5,10 @@ from collections.abc import Collection
 from logitwise.errors import FormatError
 from logitwise.formats.base import Format
 from logitwise.formats.compressed_tensors import CompressedTensors
+from logitwise.formats.mlx import Mlx
 from logitwise.grid import Grid
 
-FORMATS: dict[str, Format] = {one.name: one for one in (CompressedTensors(),)}
+FORMATS: dict[str, Format] = {one.name: one for one in (CompressedTensors(), Mlx())}
 """Every format by the name that `--format` takes."""
 
 
@@ -26,4 +27,4 @@ def choose(grids: Collection[Grid]) -> tuple[Format, str]:
     return chosen, f"transformers with compressed-tensors 0.18 loads it, {served}"
 
 
-__all__ = ["FORMATS", "CompressedTensors", "Format", "choose"]
+__all__ = ["FORMATS", "CompressedTensors", "Format", "Mlx", "choose"]

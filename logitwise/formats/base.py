@@ -22,7 +22,23 @@ class Format(ABC):
 
     name: str
     suffixes: tuple[str, ...]
-    """What stands after the module's name in the names of a quantized layer's tensors; some may be absent."""
+    """What stands after the module's name in the names of a quantized layer's tensors; some may be absent.
+
+    Where "weight" is one of them, a layer is quantized if it has another of them too.
+    """
+    scale_suffix: str
+    """The one of `suffixes` that is the scale."""
+    config_keys: tuple[str, ...] = ("quantization_config",)
+    """Where config.json says how weights are quantized: each key says the same, and loaders read the first.
+
+    A first key that is not `quantization_config` is the format's own and tells a folder of it.
+    """
+    written_for: str = "pt"
+    """The framework that the metadata of safetensors files names."""
+    group_sizes: tuple[int, ...] = GROUP_SIZES
+    """The group sizes that a refusal offers."""
+    per_channel: bool = True
+    """Whether one group for each output channel is held."""
 
     @abstractmethod
     def holds(self, grid: Grid) -> str | None:
@@ -42,8 +58,9 @@ class Format(ABC):
             return f"{name} is stored transposed, [{in_features}, {out_features}]; {self.name} holds [out, in] only"
         if grid.group_size is None or in_features % grid.group_size == 0:
             return None
-        sizes = [str(size) for size in GROUP_SIZES if in_features % size == 0]
-        other = f"groups of {', '.join(sizes)} do" if sizes else "only one group for each output channel does"
+        sizes = [str(size) for size in self.group_sizes if in_features % size == 0]
+        others = "only one group for each output channel does" if self.per_channel else "none that it holds do"
+        other = f"groups of {', '.join(sizes)} do" if sizes else others
         return f"{name} has {in_features} inputs, which groups of {grid.group_size} do not divide; {other}"
 
     def holds_together(self, grids: Collection[Grid]) -> str | None:
@@ -64,6 +81,21 @@ class Format(ABC):
         Args:
             grids: of every quantized layer, by its module.
             ignored: every Linear module kept in full precision.
+        """
+
+    @abstractmethod
+    def shape(
+        self, prefix: str, shapes: Mapping[str, tuple[int, ...]], grid: Grid, read: Callable[[str], Tensor]
+    ) -> tuple[int, ...]:
+        """The shape [out, in] that `{prefix}.weight` has in the model, as its tensors tell without being checked.
+
+        Args:
+            prefix: the layer's module.
+            shapes: of the layer's tensors as they are stored, by full name.
+            grid: the layer's grid.
+            read: gives one of these tensors, for formats that store the shape as one.
+
+        Errors: FormatError, naming the tensor that does not tell.
         """
 
     @abstractmethod

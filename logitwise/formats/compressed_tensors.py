@@ -22,6 +22,7 @@ from torch import Tensor
 
 from logitwise.errors import FormatError
 from logitwise.formats.base import Format
+from logitwise.formats.checks import check_on_grid, refusal, take, type_name, unread
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes, words_of
 from logitwise.grid import Grid, Quantized
 
@@ -37,6 +38,7 @@ class CompressedTensors(Format):
 
     name = "compressed-tensors"
     suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    scale_suffix = "weight_scale"
 
     def holds(self, grid: Grid) -> str | None:
         """None, or why the grid cannot be written."""
@@ -45,7 +47,7 @@ class CompressedTensors(Format):
         if grid.group_size is not None and grid.group_size < 1:
             return f"a group size of {grid.group_size} is not a number of inputs"
         if grid.scale_dtype not in SCALE_DTYPES:
-            return f"{self.name} stores scales as float16, bfloat16 or float32, not {_name(grid.scale_dtype)}"
+            return f"{self.name} stores scales as float16, bfloat16 or float32, not {type_name(grid.scale_dtype)}"
         return None
 
     def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
@@ -54,7 +56,7 @@ class CompressedTensors(Format):
         reason = self.holds(grid) or self.holds_layer(prefix, out_features, in_features, False, grid)
         if reason is not None:
             raise FormatError(f"{prefix} cannot be written", reason, "choose another grid or format")
-        _check_on_grid(prefix, quantized)
+        check_on_grid(prefix, quantized)
         stored = {
             f"{prefix}.weight_packed": pack_codes(quantized.codes, grid.bits),
             f"{prefix}.weight_scale": quantized.scale.contiguous(),
@@ -69,7 +71,7 @@ class CompressedTensors(Format):
 
         Asymmetric layers are loaded by transformers only with `dequantize`, which takes the first scheme for all.
         """
-        dtypes = {_name(grid.scale_dtype) for grid in grids}
+        dtypes = {type_name(grid.scale_dtype) for grid in grids}
         if len(dtypes) > 1:
             return f"{self.name} has one scale type for all layers, not {' and '.join(sorted(dtypes))}"
         if len(grids) > 1 and not all(grid.symmetric for grid in grids):
@@ -97,30 +99,39 @@ class CompressedTensors(Format):
         }
         return config if all(grid.symmetric for grid in found) else config | {"dequantize": True}
 
+    def shape(
+        self, prefix: str, shapes: Mapping[str, tuple[int, ...]], grid: Grid, read: Callable[[str], Tensor]
+    ) -> tuple[int, ...]:
+        """What the layer's `weight_shape` says."""
+        stored = f"{prefix}.weight_shape"
+        if stored not in shapes:
+            raise FormatError(f"tensor {stored} is missing", f"{prefix} is quantized", "fetch the model again")
+        return tuple(int(size) for size in read(stored).flatten())
+
     def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
         """One layer, with its zero points written out where the grid is symmetric."""
-        shape = _take(tensors, f"{prefix}.weight_shape", torch.int64, (2,))
+        shape = take(tensors, f"{prefix}.weight_shape", torch.int64, (2,))
         out_features, in_features = (int(size) for size in shape)
         if out_features < 1 or in_features < 1:
-            raise _refusal(f"{prefix}.weight_shape", f"it says [{out_features}, {in_features}]")
+            raise refusal(f"{prefix}.weight_shape", f"it says [{out_features}, {in_features}]")
         reason = self.holds_layer(prefix, out_features, in_features, False, grid)
         if reason is not None:
-            raise _refusal(f"{prefix}.weight_shape", reason)
+            raise refusal(f"{prefix}.weight_shape", reason)
         groups = grid.groups(in_features)
 
         words = (out_features, words_of(in_features, grid.bits))
-        packed = _take(tensors, f"{prefix}.weight_packed", torch.int32, words)
-        scale = _take(tensors, f"{prefix}.weight_scale", grid.scale_dtype, (out_features, groups))
+        packed = _take_packed(tensors, f"{prefix}.weight_packed", words)
+        scale = take(tensors, f"{prefix}.weight_scale", grid.scale_dtype, (out_features, groups))
         if not bool(torch.isfinite(scale).all()):
-            raise _refusal(f"{prefix}.weight_scale", "it holds NaN or infinity")
+            raise refusal(f"{prefix}.weight_scale", "it holds NaN or infinity")
         for suffix in ("weight_g_idx", "weight_zero_point"):
             if f"{prefix}.{suffix}" in tensors and (grid.symmetric or suffix == "weight_g_idx"):
-                raise _refusal(f"{prefix}.{suffix}", "its config describes a layer that has no such tensor")
+                raise refusal(f"{prefix}.{suffix}", "its config describes a layer that has no such tensor")
         if grid.symmetric:
             zero = torch.full((out_features, groups), grid.middle, dtype=torch.uint8)
         else:
             words = (words_of(out_features, grid.bits), groups)
-            stored = _take(tensors, f"{prefix}.weight_zero_point", torch.int32, words)
+            stored = take(tensors, f"{prefix}.weight_zero_point", torch.int32, words)
             zero = unpack_codes(stored.T, grid.bits, out_features).T.contiguous()
         return Quantized(unpack_codes(packed, grid.bits, in_features), scale, zero, grid)
 
@@ -209,48 +220,17 @@ def _scheme(grid: Grid, targets: list[str]) -> dict[str, Any]:
     return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_on_grid(prefix: str, quantized: Quantized) -> None:
-    """Refuses what the packed form could not give back: a value beyond the bits, a zero point that is not stored."""
-    grid = quantized.grid
-    remedy = "quantize this layer again; if that does not help, report it as a bug"
-    groups = (quantized.codes.shape[0], grid.groups(quantized.codes.shape[1]))
-    for what, tensor, dtype in (("scale", quantized.scale, grid.scale_dtype), ("zero", quantized.zero, torch.uint8)):
-        if tuple(tensor.shape) != groups or tensor.dtype != dtype:
-            found = f"{_name(tensor.dtype)} {list(tensor.shape)}"
-            why = f"its grid asks for {_name(dtype)} {list(groups)}"
-            raise FormatError(f"{prefix}: {what} is {found}", why, remedy)
-    for what, tensor in (("code", quantized.codes), ("zero point", quantized.zero)):
-        if int(tensor.max()) > grid.levels:
-            why = f"{grid.bits} bits hold 0 to {grid.levels}"
-            raise FormatError(f"{prefix}: {what} {int(tensor.max())} is out of range", why, remedy)
-    if grid.symmetric and not bool((quantized.zero == grid.middle).all()):
-        why = f"a symmetric grid stores none; all must be {grid.middle}"
-        raise FormatError(f"{prefix}: zero points differ from {grid.middle}", why, remedy)
-
-
-def _refusal(name: str, why: str) -> FormatError:
-    return FormatError(f"tensor {name} is refused", why, "check that the checkpoint is complete and its config its own")
-
-
-def _take(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if name not in tensors:
-        raise _refusal(name, "it is missing")
-    tensor = tensors[name]
-    if tensor.dtype == dtype and tuple(tensor.shape) == shape:
-        return tensor
-    why = f"expected {_name(dtype)} {list(shape)}, found {_name(tensor.dtype)} {list(tensor.shape)}"
-    if name.endswith("weight_packed") and tensor.dim() == 2 and tensor.shape[1] > shape[1]:
-        why += f"; more words than a dense stream of {WORD}-bit words takes: compressed-tensors before 0.18 wrote such"
-    raise _refusal(name, why)
+def _take_packed(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
+    """The codes of a layer; of too many words it is said who wrote such."""
+    found = tensors.get(name)
+    if found is not None and found.dim() == 2 and found.shape[1] > shape[1]:
+        why = f"more words than a dense stream of {WORD}-bit words takes: compressed-tensors before 0.18 wrote such"
+        return take(tensors, name, torch.int32, shape, why)
+    return take(tensors, name, torch.int32, shape)
 
 
 def _unread(key: str, found: str, expected: str) -> FormatError:
-    why = f"it says {found}; logitwise reads {expected}"
-    return FormatError(f"quantization_config: {key} is not read", why, "give another checkpoint")
+    return unread("quantization_config", key, found, expected)
 
 
 def _expect(config: dict[str, Any], key: str, *allowed: object) -> None:
