@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from logitwise.formats import FORMATS
+
 
 def model_card(report: dict[str, Any]) -> str:
     """A model card of a run's report."""
     recipe, name = report["recipe"], report["model"]["name"]
-    grids = sorted(report["grids"])
+    form, grids = FORMATS[report["choices"]["format"]["value"]], sorted(report["grids"])
     title = ", ".join(grids[0].split(", ")[:2]) if len(grids) == 1 else f"{report['bits_per_weight']:.2f} bits a weight"
     several = "; ".join(f"{report['grids'][grid]} layers to {grid}" for grid in grids)
     each = f"quantized to {grids[0]}" if len(grids) == 1 else f"quantized ({several})"
@@ -19,7 +21,7 @@ def model_card(report: dict[str, Any]) -> str:
     )
     base = f"base_model: {name}\n" if name.count("/") == 1 else ""
     return f"""---
-{base}library_name: transformers
+{base}library_name: {form.library}
 tags: [logitwise, quantized]
 ---
 
@@ -33,9 +35,7 @@ The final blocks were fitted by {report["fitted_by"]}{polished}.{rewritten}
 {report["loading"][0].upper()}{report["loading"][1:]}:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub
-tokenizer = AutoTokenizer.from_pretrained(".")
+{form.example('"."')}  # this folder, or its name on the hub
 ```
 
 `logitwise.json` holds the recipe, every automatic choice with its reason, versions, losses and what became of each

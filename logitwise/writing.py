@@ -119,7 +119,7 @@ def write_tensors(
                     yield name, content
                 stage.advance()
 
-    size = write_checkpoint(staging, tensors())
+    size = write_checkpoint(staging, tensors(), written_for=form.written_for)
     return Written(size, bits, digests)
 
 
@@ -158,7 +158,7 @@ def write_model_files(staging: Path, source: Source, skeleton: Skeleton, form: F
     config = source.config
     config.architectures = [type(skeleton.model).__name__]
     described = form.quantization_config(grids, ignored)
-    write_config(staging, config, described, source.dtype)
+    write_config(staging, config, described, source.dtype, form.config_keys)
     for name, content in form.files(described).items():
         write_json(staging / name, content)
     source.tokenizer().save_pretrained(staging)

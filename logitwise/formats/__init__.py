@@ -7,9 +7,10 @@ from logitwise.formats.awq import Awq
 from logitwise.formats.base import Format
 from logitwise.formats.compressed_tensors import CompressedTensors
 from logitwise.formats.gptq import Gptq
+from logitwise.formats.mlx import Mlx
 from logitwise.grid import Grid
 
-FORMATS: dict[str, Format] = {one.name: one for one in (CompressedTensors(), Gptq(), Awq())}
+FORMATS: dict[str, Format] = {one.name: one for one in (CompressedTensors(), Gptq(), Awq(), Mlx())}
 """Every format by the name that `--format` takes."""
 
 
@@ -25,4 +26,4 @@ def choose(grids: Collection[Grid]) -> tuple[Format, str]:
     return chosen, chosen.loaders(grids)
 
 
-__all__ = ["FORMATS", "Awq", "CompressedTensors", "Format", "Gptq", "choose"]
+__all__ = ["FORMATS", "Awq", "CompressedTensors", "Format", "Gptq", "Mlx", "choose"]

@@ -22,9 +22,25 @@ class Format(ABC):
 
     name: str
     suffixes: tuple[str, ...]
-    """What stands after the module's name in the names of a quantized layer's tensors; some may be absent."""
+    """What stands after the module's name in the names of a quantized layer's tensors; some may be absent.
+
+    Where "weight" is one of them, a layer is quantized if it has another of them too.
+    """
     scale_suffix: str
-    """That of the scales, whose type is the grid's."""
+    """The one of `suffixes` that is the scale, whose type is the grid's."""
+    config_keys: tuple[str, ...] = ("quantization_config",)
+    """Where config.json says how weights are quantized: each key says the same, and loaders read the first.
+
+    A first key that is not `quantization_config` is the format's own and tells a folder of it.
+    """
+    written_for: str = "pt"
+    """The framework that the metadata of safetensors files names."""
+    library: str = "transformers"
+    """The library that loads it, as the hub calls it."""
+    group_sizes: tuple[int, ...] = GROUP_SIZES
+    """The group sizes that a refusal offers."""
+    per_channel: bool = True
+    """Whether one group for each output channel is held."""
 
     @abstractmethod
     def holds(self, grid: Grid) -> str | None:
@@ -44,8 +60,9 @@ class Format(ABC):
             return f"{name} is stored transposed, [{in_features}, {out_features}]; {self.name} holds [out, in] only"
         if grid.group_size is None or in_features % grid.group_size == 0:
             return None
-        sizes = [str(size) for size in GROUP_SIZES if in_features % size == 0]
-        other = f"groups of {', '.join(sizes)} do" if sizes else "only one group for each output channel does"
+        sizes = [str(size) for size in self.group_sizes if in_features % size == 0]
+        others = "only one group for each output channel does" if self.per_channel else "none that it holds do"
+        other = f"groups of {', '.join(sizes)} do" if sizes else others
         return f"{name} has {in_features} inputs, which groups of {grid.group_size} do not divide; {other}"
 
     def holds_together(self, grids: Collection[Grid]) -> str | None:
@@ -75,6 +92,13 @@ class Format(ABC):
     @abstractmethod
     def loaders(self, grids: Collection[Grid]) -> str:
         """Which engines load a checkpoint on these grids, in half a sentence; what was not tried says so."""
+
+    def example(self, folder: str) -> str:
+        """Lines of Python that load it."""
+        return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})"""
 
     def described_by(self, quantization_config: Mapping[str, Any]) -> "Format":
         """The format as this config says that its files were written; itself where there is one way only.

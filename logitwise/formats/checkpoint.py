@@ -17,13 +17,16 @@ from transformers import PretrainedConfig
 from logitwise.errors import MachineError, OutputError
 
 
-def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 1 << 29) -> int:
+def write_checkpoint(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 1 << 29, written_for: str = "pt"
+) -> int:
     """Writes tensors as they come, holding one shard in memory, under the names that transformers looks for.
 
     Args:
         folder: where the files go.
         tensors: names and tensors, each name once; strided tensors are made contiguous.
         shard_bytes: a file is closed before it would grow beyond this many bytes of tensors.
+        written_for: the framework that the files' metadata name.
 
     Returns: the size of the weight files on disk, in bytes.
     Errors: MachineError where a file cannot be written; ValueError where a name comes twice.
@@ -36,7 +39,7 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_
     def close_shard() -> None:
         path = folder / f"shard-{len(shards)}.safetensors"
         with _writing(path):
-            save_file(held, path, metadata={"format": "pt"})
+            save_file(held, path, metadata={"format": written_for})
         shards.append(path)
         held.clear()
 
@@ -88,7 +91,11 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def write_config(
-    folder: Path, config: PretrainedConfig, quantization_config: dict[str, Any], dtype: torch.dtype
+    folder: Path,
+    config: PretrainedConfig,
+    quantization_config: dict[str, Any],
+    dtype: torch.dtype,
+    keys: Iterable[str] = ("quantization_config",),
 ) -> None:
     """Writes config.json.
 
@@ -97,12 +104,13 @@ def write_config(
         config: the model's own config; it is not changed, and its architectures are kept.
         quantization_config: what a format says of its weights.
         dtype: the type of the tensors that are not quantized, and the one that `dtype="auto"` loads the model in.
+        keys: where loaders look for what the format says.
     """
     content = json.loads(config.to_json_string())
     for key in ("quantization_config", "quantization"):  # of a checkpoint that is exported in another format
         content.pop(key, None)
     dtype_name = str(dtype).removeprefix("torch.")
-    content |= {"dtype": dtype_name, "torch_dtype": dtype_name, "quantization_config": quantization_config}
+    content |= {"dtype": dtype_name, "torch_dtype": dtype_name, **dict.fromkeys(keys, quantization_config)}
     content |= legacy_rope(content.get("rope_parameters") or {})
     write_json(folder / "config.json", content)
 

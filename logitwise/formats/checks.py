@@ -79,10 +79,10 @@ def take_nothing_else(tensors: Mapping[str, Tensor], prefix: str, suffixes: Coll
             raise refusal(name, f"a layer has {', '.join(suffixes)} and no other tensor")
 
 
-def unread(key: str, found: str, expected: str) -> FormatError:
-    """What is raised for a key of a quantization_config."""
+def unread(key: str, found: str, expected: str, where: str = "quantization_config") -> FormatError:
+    """What is raised for a key of a table of config.json."""
     why = f"it says {found}; logitwise reads {expected}"
-    return FormatError(f"quantization_config: {key} is not read", why, "give another checkpoint")
+    return FormatError(f"{where}: {key} is not read", why, "give another checkpoint")
 
 
 def expect(config: dict[str, Any], key: str, *allowed: object) -> None:

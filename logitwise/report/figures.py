@@ -9,6 +9,7 @@ from rich.padding import Padding
 from logitwise.convert import Exported
 from logitwise.demo import Demo
 from logitwise.evaluation import Contents, Evaluation, Size
+from logitwise.formats import FORMATS
 from logitwise.measure.likelihood import Figure, Likelihood, kl_difference
 from logitwise.pipeline import Result
 from logitwise.report.terminal import table
@@ -95,15 +96,8 @@ def _kept(report: dict[str, Any]) -> str:
 
 
 def _show_loading(console: Console, result: Result) -> None:
-    console.print(
-        f"""
-# {result.report["loading"]}
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{result.out}")
-tokenizer = AutoTokenizer.from_pretrained("{result.out}")""",
-        markup=False,
-        highlight=False,
-    )
+    example = FORMATS[result.choices["format"].value].example(f'"{result.out}"')
+    console.print(f"\n# {result.report['loading']}\n{example}", markup=False, highlight=False)
 
 
 def _megabytes(size: float) -> str:

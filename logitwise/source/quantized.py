@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from logitwise.errors import SourceError
-from logitwise.formats import FORMATS
+from logitwise.formats import FORMATS, Format
 from logitwise.grid import Grid, Quantized
 from logitwise.source.folder import FolderSource, read_config
 from logitwise.source.shards import DTYPES
@@ -30,7 +30,7 @@ class QuantizedFolder(FolderSource):
     @property
     def quantization_config(self) -> dict[str, Any]:
         """How the weights are quantized, as config.json says."""
-        return dict(self.config.quantization_config)
+        return dict(getattr(self.config, self._format.config_keys[0]))
 
     def read(self, name: str) -> Tensor:
         """A quantized weight dequantized in float32, any other tensor as it is stored."""
@@ -52,14 +52,7 @@ class QuantizedFolder(FolderSource):
         return self.grid_of(prefix) if prefix in self._tensors_of else None
 
     def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        method = self.quantization_config.get("quant_method")
-        if method not in FORMATS:
-            raise SourceError(
-                f"{self.folder} is quantized by {method}",
-                f"that method is not read yet; those that are: {', '.join(FORMATS)}",
-                "give the model it was quantized from, in full precision",
-            )
-        self._format = FORMATS[method].described_by(self.quantization_config)
+        self._format = self._find_format()
         self._tensors_of = self._group()
         self.grid_of = self._grids()
         shapes: dict[str, tuple[int, ...]] = {}
@@ -71,24 +64,53 @@ class QuantizedFolder(FolderSource):
                 shapes[f"{prefix}.weight"] = self._shape_of(prefix)
         return shapes
 
+    def _find_format(self) -> Format:
+        """The format with a key of its own in config.json, else the one that `quant_method` names.
+
+        Errors: SourceError where no format reads the method, or two keys that should agree do not.
+        """
+        for form in FORMATS.values():
+            first, *others = form.config_keys
+            if first == "quantization_config" or getattr(self.config, first, None) is None:
+                continue
+            for key in others:
+                if getattr(self.config, key, getattr(self.config, first)) != getattr(self.config, first):
+                    raise SourceError(
+                        f"config.json of {self.folder} contradicts itself",
+                        f"{first} and {key} differ, and loaders of {form.name} expect both to say the same",
+                        "fetch the model again",
+                    )
+            return form
+        method = self.config.quantization_config.get("quant_method")
+        if method not in FORMATS:
+            raise SourceError(
+                f"{self.folder} is quantized by {method}",
+                f"that method is not read yet; those that are: {', '.join(FORMATS)}",
+                "give the model it was quantized from, in full precision",
+            )
+        return FORMATS[method].described_by(self.config.quantization_config)
+
     def _group(self) -> dict[str, list[str]]:
-        """The tensors of each quantized layer, by the layer's module in the files."""
+        """The tensors of each quantized layer, by the layer's module in the files.
+
+        A module with a `weight` and nothing else of the format is in full precision.
+        """
         groups: dict[str, list[str]] = {}
         for stored in self._shards.entries:
             prefix, _, suffix = stored.rpartition(".")
             if suffix in self._format.suffixes:
                 groups.setdefault(prefix, []).append(stored)
-        return groups
+        return {prefix: found for prefix, found in groups.items() if found != [f"{prefix}.weight"]}
 
     def _grids(self) -> Callable[[str], Grid]:
-        scale = f".{self._format.scale_suffix}"
-        scales = {entry.dtype for name, entry in self._shards.entries.items() if name.endswith(scale)}
+        suffix = f".{self._format.scale_suffix}"
+        scales = {entry.dtype for name, entry in self._shards.entries.items() if name.endswith(suffix)}
         known = sorted(scales & set(DTYPES))
         return self._format.grids_of(self.quantization_config, DTYPES[known[0]] if known else torch.float16)
 
     def _shape_of(self, prefix: str) -> tuple[int, ...]:
         shapes = {stored: self._shards.entries[stored].shape for stored in self._tensors_of[prefix]}
-        if f"{prefix}.weight" in self._shards.entries:
+        if "weight" not in self._format.suffixes and f"{prefix}.weight" in self._shards.entries:
             what = f"{prefix} is stored twice"
             raise SourceError(what, "it has a weight in full precision and a quantized one", "fetch the model again")
         return self._format.shape(prefix, shapes, self.raw, self.grid_of(prefix))
@@ -99,5 +121,7 @@ def open_folder(folder: Path, name: str | None = None) -> FolderSource:
 
     Errors: SourceError, naming the file, tensor or method.
     """
-    quantized = getattr(read_config(folder), "quantization_config", None) is not None
+    config = read_config(folder)
+    keys = {key for form in FORMATS.values() for key in form.config_keys}
+    quantized = any(getattr(config, key, None) is not None for key in keys)
     return QuantizedFolder(folder, name) if quantized else FolderSource(folder, name)
