@@ -56,7 +56,7 @@ def export(
                     quantized = codes(slot)
                     if polished:
                         quantized = replace(quantized, scale=polished.scales[slot.name])
-                    stored_bits += quantized.bits_stored()
+                    stored_bits += job.format.bits_stored(quantized.grid, *quantized.codes.shape)
                     yield from job.format.tensors(slot.module, quantized).items()
                 elif fate.fate == "kept":
                     tuned = polished.vectors if polished else {}

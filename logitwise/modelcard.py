@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from logitwise.formats import FORMATS
+
 
 def model_card(report: dict[str, Any]) -> str:
     """A model card of a run's report."""
@@ -16,9 +18,10 @@ def model_card(report: dict[str, Any]) -> str:
     rewritten = (
         f"\nIts weights were rewritten first, the full-precision model unchanged, by {rewrites}." if rewrites else ""
     )
+    form = FORMATS[report["choices"]["format"]["value"]]
     base = f"base_model: {name}\n" if name.count("/") == 1 else ""
     return f"""---
-{base}library_name: transformers
+{base}library_name: {form.library}
 tags: [logitwise, quantized]
 ---
 
@@ -29,10 +32,10 @@ The linear layers of {name} quantized to {each}, by
 The final blocks were fitted by {report["fitted_by"]}{polished}.{rewritten}
 {report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.
 {measured}
+In Python, with the path of this folder or its name on the hub in place of the dot:
+
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the hub
-tokenizer = AutoTokenizer.from_pretrained(".")
+{form.loading(".")}
 ```
 
 `logitwise.json` holds the recipe, every automatic choice with its reason, versions, losses and what became of each

@@ -37,6 +37,8 @@ class Format(ABC):
     """The framework that the metadata of safetensors files names."""
     group_sizes: tuple[int, ...] = GROUP_SIZES
     """The group sizes that a refusal offers."""
+    library: str = "transformers"
+    """The library that loads a checkpoint, as the hub names it."""
     per_channel: bool = True
     """Whether one group for each output channel is held."""
 
@@ -66,6 +68,10 @@ class Format(ABC):
     def holds_together(self, grids: Collection[Grid]) -> str | None:
         """None where layers on these grids may be in one checkpoint, else the reason why not."""
         return None if len(grids) == 1 else f"{self.name} holds one grid for all layers"
+
+    def bits_stored(self, grid: Grid, out_features: int, in_features: int) -> int:
+        """Bits that a layer's weight takes: codes, scales, and zero points in whatever form they are stored."""
+        return grid.bits_stored(out_features, in_features)
 
     @abstractmethod
     def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
@@ -104,6 +110,13 @@ class Format(ABC):
 
         Errors: FormatError, naming the tensor that is missing, of another type or shape, or out of range.
         """
+
+    def loading(self, folder: str) -> str:
+        """Python that loads a checkpoint and its tokenizer from a folder."""
+        return f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
     @abstractmethod
     def grids_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Callable[[str], Grid]:

@@ -50,6 +50,7 @@ class Mlx(Format):
     config_keys = ("quantization", "quantization_config")
     written_for = "mlx"
     group_sizes = (32, 64, 128)
+    library = "mlx"
     per_channel = False
 
     def holds(self, grid: Grid) -> str | None:
@@ -69,6 +70,11 @@ class Mlx(Format):
         return (
             None if len(dtypes) == 1 else f"{self.name} has one scale type for all layers, not {' and '.join(dtypes)}"
         )
+
+    def bits_stored(self, grid: Grid, out_features: int, in_features: int) -> int:
+        """Bits that a layer's weight takes; its biases are as large as its scales, also on a symmetric grid."""
+        of_group = 2 * 8 * grid.scale_dtype.itemsize
+        return out_features * (in_features * grid.bits + grid.groups(in_features) * of_group)
 
     def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """The three tensors of a layer."""
@@ -136,6 +142,12 @@ class Mlx(Format):
             raise refusal(f"{prefix}.biases", why)
         codes = unpack_codes(packed.view(torch.int32), grid.bits, in_features)
         return Quantized(codes, scale, zero.to(torch.uint8), grid)
+
+    def loading(self, folder: str) -> str:
+        """mlx-lm's own way."""
+        return f"""\
+from mlx_lm import load  # pip install mlx-lm
+model, tokenizer = load("{folder}")"""
 
     def grids_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Callable[[str], Grid]:
         """The grids of a `quantization` table: its own, and those of the layers that it names.

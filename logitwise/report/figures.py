@@ -8,6 +8,7 @@ from rich.padding import Padding
 
 from logitwise.demo import Demo
 from logitwise.evaluation import Contents, Evaluation, Size
+from logitwise.formats import FORMATS
 from logitwise.measure.likelihood import Figure, Likelihood, kl_difference
 from logitwise.pipeline import Result
 from logitwise.report.terminal import table
@@ -88,14 +89,8 @@ def _kept(report: dict[str, Any]) -> str:
 
 
 def _show_loading(console: Console, result: Result) -> None:
-    console.print(
-        f"""
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{result.out}")
-tokenizer = AutoTokenizer.from_pretrained("{result.out}")""",
-        markup=False,
-        highlight=False,
-    )
+    form = FORMATS[result.report["choices"]["format"]["value"]]
+    console.print(f"\n{form.loading(str(result.out))}", markup=False, highlight=False)
 
 
 def _megabytes(size: float) -> str:
