@@ -2,7 +2,8 @@
 
 Run it with logitwise's Python; --python names that of an environment with mlx[cpu] and mlx-lm, which needs no torch.
 Without checkpoints it writes tiny random Llamas on many grids, and one whose zero points are off by one, which must
-miss the gate. The weights that transformers computes with are logitwise's own reading of each checkpoint.
+miss the gate. The weights that transformers computes with are logitwise's own reading of each checkpoint. The gate is
+on mlx-lm in float32; figures "as loaded" are of the types in the file, where bfloat16 norms and embeddings round more.
 """
 
 import argparse
@@ -38,9 +39,14 @@ for line in sys.stdin:
     asked = json.loads(line)
     model, _ = load_model(Path(asked["folder"]))
     ids = mx.array([asked["ids"]])
-    logits = model(ids)[0, :-1].astype(mx.float32)
-    chances = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    print(json.dumps(mx.take_along_axis(chances, ids[0, 1:, None], axis=-1)[:, 0].tolist()), flush=True)
+    found = []
+    for dtype in (None, mx.float32):
+        if dtype is not None:
+            model.set_dtype(dtype)  # activations too; codes stay
+        logits = model(ids)[0, :-1].astype(mx.float32)
+        chances = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        found.append(mx.take_along_axis(chances, ids[0, 1:, None], axis=-1)[:, 0].tolist())
+    print(json.dumps(found), flush=True)
 """
 
 
@@ -68,11 +74,16 @@ def main() -> None:
             answer = engine.stdout.readline()
             if not answer:
                 raise SystemExit(f"mlx-lm failed on {name}")
-            theirs = torch.tensor(json.loads(answer))
-            difference = (theirs - ours).abs()
+            as_loaded, difference = (torch.tensor(json.loads(answer)) - ours).abs()
             failed |= (float(difference.max()) <= GATE) is not (right == loaded)
-            figures = {"largest": float(difference.max()), "mean": float(difference.mean()), "nll": -float(ours.mean())}
-            print(json.dumps({"checkpoint": name, "tokens": len(theirs), **figures}), flush=True)
+            figures = {
+                "largest": float(difference.max()),
+                "mean": float(difference.mean()),
+                "largest_as_loaded": float(as_loaded.max()),
+                "mean_as_loaded": float(as_loaded.mean()),
+                "nll": -float(ours.mean()),
+            }
+            print(json.dumps({"checkpoint": name, "tokens": len(ours), **figures}), flush=True)
         engine.stdin.close()
     raise SystemExit(int(failed))
 

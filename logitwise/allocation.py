@@ -35,7 +35,7 @@ def with_bits(
         return recipe, None
     asked = recipe.model_dump(include={"target_bits", "sensitivity", "group_size", "scale_dtype", "keep", "start"})
     texts = dict(rows=_few(data).digest(), held_out=data.held_out.digest())
-    key = chain(root, symmetric=recipe.grid.symmetric, **asked, **texts)
+    key = chain(root, symmetric=recipe.grid.symmetric, format=job.format.name, **asked, **texts)
     if not folder.has(key):
         folder.save(key, {}, _measured(job, recipe, data, watcher))
     found = folder.record(key)
@@ -65,7 +65,7 @@ def _measured(job: Job, recipe: Recipe, data: RunRows, watcher: Watcher) -> dict
     assert recipe.target_bits is not None
     skeleton = job.skeleton
     with watcher.stage("Measuring what bits are worth", len(skeleton) + 2) as stage:
-        layers = Sensitivity(skeleton, recipe, job.kept, _few(data)).of_layers(stage)
+        layers = Sensitivity(skeleton, recipe, job.kept, _few(data), job.format.bits_stored).of_layers(stage)
         weights = sum(slot.out_features * slot.in_features for slot in job.slots)
         size = int(recipe.target_bits * weights)
         bits = evenly = spread_evenly(layers, size)

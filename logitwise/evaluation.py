@@ -131,9 +131,8 @@ def size_of(source: Source) -> Size:
     parameters = bits = weights = 0
     for name in source.names():
         parameters += torch.Size(source.shape(name)).numel()
-        quantized = source.quantized(name) if isinstance(source, QuantizedFolder) else None
-        if quantized is not None:
-            bits += quantized.bits_stored()
+        if isinstance(source, QuantizedFolder) and (quantized := source.quantized(name)) is not None:
+            bits += source.format.bits_stored(quantized.grid, *quantized.codes.shape)
             weights += quantized.codes.numel()
     return Size(source.size_bytes, bits / weights if weights else None, 8 * source.size_bytes / parameters)
 

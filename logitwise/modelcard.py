@@ -19,6 +19,7 @@ def model_card(report: dict[str, Any]) -> str:
     rewritten = (
         f"\nIts weights were rewritten first, the full-precision model unchanged, by {rewrites}." if rewrites else ""
     )
+    form = FORMATS[report["choices"]["format"]["value"]]
     base = f"base_model: {name}\n" if name.count("/") == 1 else ""
     return f"""---
 {base}library_name: {form.library}
@@ -32,10 +33,10 @@ The linear layers of {name} {each}, by
 The final blocks were fitted by {report["fitted_by"]}{polished}.{rewritten}
 {report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.
 {measured}
-{report["loading"][0].upper()}{report["loading"][1:]}:
+{report["loading"][0].upper()}{report["loading"][1:]}. With the path of this folder, or its name on the hub:
 
 ```python
-{form.example('"."')}  # this folder, or its name on the hub
+{form.loading(".")}
 ```
 
 `logitwise.json` holds the recipe, every automatic choice with its reason, versions, losses and what became of each

@@ -250,11 +250,11 @@ def _check_slots(slots: list[Slot], recipe: Recipe) -> Choice:
                     if not slot.transposed
                     else "no format holds this architecture yet",
                 )
-    _check_target(slots, recipe)
+    _check_target(slots, recipe, form)
     return Choice(form.name, why)
 
 
-def _check_target(slots: list[Slot], recipe: Recipe) -> None:
+def _check_target(slots: list[Slot], recipe: Recipe, form: Format) -> None:
     """Refuses a size that no bits come to."""
     if recipe.target_bits is None:
         return
@@ -262,7 +262,7 @@ def _check_target(slots: list[Slot], recipe: Recipe) -> None:
     sizes = []
     for bits in (recipe.candidates[0], recipe.candidates[-1]):
         grid = replace(recipe.grid, bits=bits)
-        sizes.append(sum(grid.bits_stored(slot.out_features, slot.in_features) for slot in slots) / weights)
+        sizes.append(sum(form.bits_stored(grid, slot.out_features, slot.in_features) for slot in slots) / weights)
     if not sizes[0] < recipe.target_bits < sizes[1]:
         raise RecipeError(
             f"--target-bits {recipe.target_bits:g} cannot be met",

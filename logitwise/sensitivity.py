@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from logitwise.calibration.rows import Rows
+from logitwise.grid import Grid
 from logitwise.objectives.soft import compare
 from logitwise.quantizers import STARTS
 from logitwise.quantizers.rtn import RoundToNearest
@@ -46,10 +47,19 @@ class Sensitivity:
         recipe: whose grids layers may come to have.
         kept: slots that stay in full precision.
         rows: what it is measured on.
+        bits_stored: bits that a weight on a grid takes, of its outputs and inputs.
     """
 
-    def __init__(self, skeleton: Skeleton, recipe: Recipe, kept: Callable[[Slot], bool], rows: Rows) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        recipe: Recipe,
+        kept: Callable[[Slot], bool],
+        rows: Rows,
+        bits_stored: Callable[[Grid, int, int], int] = Grid.bits_stored,
+    ) -> None:
         self.skeleton, self.recipe, self.kept, self.rows = skeleton, recipe, kept, rows
+        self.bits_stored = bits_stored
         self.calls = skeleton.calls(rows.ids.shape[1])
         self.at_once = skeleton.rows_at_once(recipe.batch, rows.ids.shape[1])
 
@@ -132,7 +142,7 @@ class Sensitivity:
             stored = dict.fromkeys(self.recipe.candidates, 0)
             for slot in slots:
                 for grid in self.recipe.grids_of(slot.module):
-                    stored[grid.bits] += grid.bits_stored(slot.out_features, slot.in_features)
+                    stored[grid.bits] += self.bits_stored(grid, slot.out_features, slot.in_features)
             found.append(Together(tuple(slots), stored, {}))
         return found
 

@@ -113,7 +113,7 @@ def write_tensors(
             for name, content in contents:
                 digests[name] = _digest(content)
                 if isinstance(content, Quantized):
-                    bits += content.bits_stored()
+                    bits += form.bits_stored(content.grid, *content.codes.shape)
                     yield from form.tensors(name.removesuffix(".weight"), content).items()
                 else:
                     yield name, content

@@ -35,10 +35,10 @@ class Format(ABC):
     """
     written_for: str = "pt"
     """The framework that the metadata of safetensors files names."""
-    library: str = "transformers"
-    """The library that loads it, as the hub calls it."""
     group_sizes: tuple[int, ...] = GROUP_SIZES
     """The group sizes that a refusal offers."""
+    library: str = "transformers"
+    """The library that loads a checkpoint, as the hub names it."""
     per_channel: bool = True
     """Whether one group for each output channel is held."""
 
@@ -69,6 +69,10 @@ class Format(ABC):
         """None where layers on these grids may be in one checkpoint, else the reason why not."""
         return None if len(grids) == 1 else f"{self.name} holds one grid for all layers"
 
+    def bits_stored(self, grid: Grid, out_features: int, in_features: int) -> int:
+        """Bits that a layer's weight takes: codes, scales, and zero points in whatever form they are stored."""
+        return grid.bits_stored(out_features, in_features)
+
     @abstractmethod
     def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """Every tensor that takes the place of `{prefix}.weight`, by full name.
@@ -92,13 +96,6 @@ class Format(ABC):
     @abstractmethod
     def loaders(self, grids: Collection[Grid]) -> str:
         """Which engines load a checkpoint on these grids, in half a sentence; what was not tried says so."""
-
-    def example(self, folder: str) -> str:
-        """Lines of Python that load it."""
-        return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({folder})
-tokenizer = AutoTokenizer.from_pretrained({folder})"""
 
     def described_by(self, quantization_config: Mapping[str, Any]) -> "Format":
         """The format as this config says that its files were written; itself where there is one way only.
@@ -128,6 +125,13 @@ tokenizer = AutoTokenizer.from_pretrained({folder})"""
 
         Errors: FormatError, naming the tensor that is missing, of another type or shape, or out of range.
         """
+
+    def loading(self, folder: str) -> str:
+        """Python that loads a checkpoint and its tokenizer from a folder."""
+        return f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
     @abstractmethod
     def grids_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Callable[[str], Grid]:

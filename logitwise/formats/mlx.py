@@ -48,8 +48,9 @@ class Mlx(Format):
     # mlx-lm loads by the first. As it does, logitwise repeats it in the second, where the hub looks, and where
     # transformers finds no quant_method and says so, before it comes to tensors of other shapes than it expects.
     config_keys = ("quantization", "quantization_config")
-    written_for = library = "mlx"
+    written_for = "mlx"
     group_sizes = (32, 64, 128)
+    library = "mlx"
     per_channel = False
 
     def holds(self, grid: Grid) -> str | None:
@@ -69,6 +70,11 @@ class Mlx(Format):
         return (
             None if len(dtypes) == 1 else f"{self.name} has one scale type for all layers, not {' and '.join(dtypes)}"
         )
+
+    def bits_stored(self, grid: Grid, out_features: int, in_features: int) -> int:
+        """Bits that a layer's weight takes; its biases are as large as its scales, also on a symmetric grid."""
+        of_group = 2 * 8 * grid.scale_dtype.itemsize
+        return out_features * (in_features * grid.bits + grid.groups(in_features) * of_group)
 
     def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """The three tensors of a layer."""
@@ -91,10 +97,6 @@ class Mlx(Format):
     def loaders(self, grids: Collection[Grid]) -> str:
         """mlx-lm, and no other that is known."""
         return "mlx-lm 0.32 loads it"
-
-    def example(self, folder: str) -> str:
-        """Lines of Python that load it."""
-        return f"from mlx_lm import load\n\nmodel, tokenizer = load({folder})"
 
     def quantization_config(self, grids: Mapping[str, Grid], ignored: list[str]) -> dict[str, Any]:
         """What most layers have, and by their names what others have; layers without scales need not be named."""
@@ -139,6 +141,12 @@ class Mlx(Format):
             raise refusal(f"{prefix}.biases", why)
         codes = unpack_codes(packed.view(torch.int32), grid.bits, in_features)
         return Quantized(codes, scale, zero.to(torch.uint8), grid)
+
+    def loading(self, folder: str) -> str:
+        """mlx-lm's own way."""
+        return f"""\
+from mlx_lm import load  # pip install mlx-lm
+model, tokenizer = load("{folder}")"""
 
     def grids_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Callable[[str], Grid]:
         """The grids of a `quantization` table: its own, and those of the layers that it names.

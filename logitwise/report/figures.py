@@ -96,8 +96,8 @@ def _kept(report: dict[str, Any]) -> str:
 
 
 def _show_loading(console: Console, result: Result) -> None:
-    example = FORMATS[result.choices["format"].value].example(f'"{result.out}"')
-    console.print(f"\n# {result.report['loading']}\n{example}", markup=False, highlight=False)
+    loading = FORMATS[result.choices["format"].value].loading(str(result.out))
+    console.print(f"\n# {result.report['loading']}\n{loading}", markup=False, highlight=False)
 
 
 def _megabytes(size: float) -> str:

@@ -30,7 +30,7 @@ class QuantizedFolder(FolderSource):
     @property
     def quantization_config(self) -> dict[str, Any]:
         """How the weights are quantized, as config.json says."""
-        return dict(getattr(self.config, self._format.config_keys[0]))
+        return dict(getattr(self.config, self.format.config_keys[0]))
 
     def read(self, name: str) -> Tensor:
         """A quantized weight dequantized in float32, any other tensor as it is stored."""
@@ -44,7 +44,7 @@ class QuantizedFolder(FolderSource):
         """
         prefix = self._places[name].removesuffix(".weight")
         tensors = {stored: self.raw(stored) for stored in self._tensors_of.get(prefix, [])}
-        return self._format.read(prefix, tensors, self.grid_of(prefix)) if tensors else None
+        return self.format.read(prefix, tensors, self.grid_of(prefix)) if tensors else None
 
     def grid(self, name: str) -> Grid | None:
         """The grid of a weight; None where it is kept in full precision."""
@@ -52,7 +52,7 @@ class QuantizedFolder(FolderSource):
         return self.grid_of(prefix) if prefix in self._tensors_of else None
 
     def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        self._format = self._find_format()
+        self.format = self._find_format()
         self._tensors_of = self._group()
         self.grid_of = self._grids()
         shapes: dict[str, tuple[int, ...]] = {}
@@ -98,22 +98,22 @@ class QuantizedFolder(FolderSource):
         groups: dict[str, list[str]] = {}
         for stored in self._shards.entries:
             prefix, _, suffix = stored.rpartition(".")
-            if suffix in self._format.suffixes:
+            if suffix in self.format.suffixes:
                 groups.setdefault(prefix, []).append(stored)
         return {prefix: found for prefix, found in groups.items() if found != [f"{prefix}.weight"]}
 
     def _grids(self) -> Callable[[str], Grid]:
-        suffix = f".{self._format.scale_suffix}"
+        suffix = f".{self.format.scale_suffix}"
         scales = {entry.dtype for name, entry in self._shards.entries.items() if name.endswith(suffix)}
         known = sorted(scales & set(DTYPES))
-        return self._format.grids_of(self.quantization_config, DTYPES[known[0]] if known else torch.float16)
+        return self.format.grids_of(self.quantization_config, DTYPES[known[0]] if known else torch.float16)
 
     def _shape_of(self, prefix: str) -> tuple[int, ...]:
         shapes = {stored: self._shards.entries[stored].shape for stored in self._tensors_of[prefix]}
-        if "weight" not in self._format.suffixes and f"{prefix}.weight" in self._shards.entries:
+        if "weight" not in self.format.suffixes and f"{prefix}.weight" in self._shards.entries:
             what = f"{prefix} is stored twice"
             raise SourceError(what, "it has a weight in full precision and a quantized one", "fetch the model again")
-        return self._format.shape(prefix, shapes, self.raw, self.grid_of(prefix))
+        return self.format.shape(prefix, shapes, self.raw, self.grid_of(prefix))
 
 
 def open_folder(folder: Path, name: str | None = None) -> FolderSource:

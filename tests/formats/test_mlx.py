@@ -14,11 +14,14 @@ from source_files import llama_config, random_model, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import logitwise
 from logitwise.errors import FormatError, SourceError
+from logitwise.evaluation import evaluate, inspect
 from logitwise.formats import FORMATS
 from logitwise.formats.checkpoint import write_checkpoint, write_config
 from logitwise.formats.mlx import BITS, Mlx
 from logitwise.grid import Grid, Quantized
+from logitwise.measure.likelihood import as_json
 from logitwise.source import QuantizedFolder, open_source
 
 FORMAT = Mlx()
@@ -173,7 +176,10 @@ def change(suffix: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str,
         (lambda stored: stored.pop(f"{LAYER}.weight"), r"\.weight is refused\n.*it is missing"),
         (lambda stored: stored.pop(f"{LAYER}.scales"), r"\.scales is refused\n.*it is missing"),
         (lambda stored: stored.pop(f"{LAYER}.biases"), r"\.biases is refused\n.*it is missing"),
-        (lambda stored: stored.update({f"{LAYER}.g_idx": torch.zeros(1)}), r"\.g_idx is refused\n.*and no other tensor"),
+        (
+            lambda stored: stored.update({f"{LAYER}.g_idx": torch.zeros(1)}),
+            r"\.g_idx is refused\n.*and no other tensor",
+        ),
         (
             change("weight", lambda t: t.view(torch.int32)),
             r"\.weight is refused\n.*expected uint32 \[4, 6\], found int32 \[4, 6\]",
@@ -322,3 +328,42 @@ def test_layer_without_its_parts_is_refused(tmp_path: Path, left: tuple[str, ...
 
 def test_it_is_registered() -> None:
     assert isinstance(FORMATS["mlx"], Mlx)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_a_run_writes_it_and_its_figures_are_those_of_compressed_tensors(tmp_path: Path, symmetric: bool) -> None:
+    model, text = save(random_model(llama_config()), tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("The hen met the man. The ant saw a net.\n\n" * 60, encoding="utf-8")
+    asked = {
+        "bits": 3,
+        "group_size": 32,
+        "symmetric": symmetric,
+        "scale_dtype": "float32",
+        "method": "rtn",
+        "calibration": f"text:{text}",
+        "rows": 6,
+        "held_out": 2,
+        "row_tokens": 24,
+    }
+    figures = {}
+    for name in ("mlx", "compressed-tensors"):
+        result = logitwise.quantize(model, tmp_path / name, logitwise.Recipe.load(None, format=name, **asked))
+        found = evaluate(tmp_path / name, text=f"text:{text}", reference=model, rows=4, row_tokens=24, device="cpu")
+        assert found.size.bits_per_weight == result.report["bits_per_weight"]
+        figures[name] = found
+    assert as_json(figures["mlx"].likelihood) == as_json(figures["compressed-tensors"].likelihood)
+    assert figures["mlx"].size.bits_per_weight == 3 + 2 * 32 / 32
+    contents = inspect(tmp_path / "mlx")
+    assert contents.grid == "3 bits, groups of 32, asymmetric, float32 scales"
+    assert ("model.layers.0.mlp.up_proj.weight", (96, 32), "3 bits") in contents.tensors
+    card = (tmp_path / "mlx" / "README.md").read_text("utf-8")
+    assert "library_name: mlx" in card and "from mlx_lm import load" in card and "transformers" not in card
+
+
+def test_a_run_refuses_before_its_work_what_would_be_rounded(tmp_path: Path) -> None:
+    model = save(random_model(llama_config()), tmp_path / "model")
+    asked = logitwise.Recipe.load(None, format="mlx", group_size=32, device="cpu")
+    with pytest.raises(
+        FormatError, match=r"mlx cannot hold this grid\n.*float16.*--scale-dtype float32 or --symmetric"
+    ):
+        logitwise.quantize(model, tmp_path / "out", asked)
