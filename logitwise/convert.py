@@ -16,7 +16,7 @@ from logitwise.modelcard import model_card
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedFolder, open_source
 from logitwise.watch import SILENT, Watcher
-from logitwise.writing import read_back, read_report, write_model_files, write_tensors
+from logitwise.writing import Written, read_back, read_report, write_model_files, write_tensors
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def export(
         own = {slot.module: grid for slot, grid in grids.items()}
         write_model_files(staging, source, skeleton, FORMATS[format], own)
         if (report := read_report(Path(checkpoint)) if Path(checkpoint).is_dir() else None) is not None:
-            report = _report(report, FORMATS[format], set(grids.values()), written.size)
+            weights = sum(slot.out_features * slot.in_features for slot in grids)
+            report = _report(report, FORMATS[format], set(grids.values()), weights, written)
             write_json(staging / "logitwise.json", report)
             (staging / "README.md").write_text(model_card(report), encoding="utf-8")
         if verify:
@@ -111,13 +112,14 @@ def _refusal(form: Format, grids: dict[Slot, Grid]) -> str | None:
     return None
 
 
-def _report(report: dict[str, Any], form: Format, grids: Collection[Grid], size: int) -> dict[str, Any]:
-    choices = {**report["choices"], "format": {"value": form.name, "why": "as asked, by export"}}
-    bits = 8 * size / report["parameters"]
+def _report(
+    report: dict[str, Any], form: Format, grids: Collection[Grid], weights: int, written: Written
+) -> dict[str, Any]:
     return {
         **report,
-        "choices": choices,
+        "choices": {**report["choices"], "format": {"value": form.name, "why": "as asked, by export"}},
         "loading": form.loaders(grids),
-        "size_bytes": size,
-        "bits_per_parameter": bits,
+        "bits_per_weight": written.bits / weights,
+        "bits_per_parameter": 8 * written.size / report["parameters"],
+        "size_bytes": written.size,
     }

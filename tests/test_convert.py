@@ -61,6 +61,29 @@ def test_an_exported_checkpoint_is_the_same_model(checkpoint: Path, tmp_path: Pa
     assert inspect(tmp_path / "again").grid == inspect(checkpoint).grid
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_there_and_back_through_every_format_that_holds_the_grid(
+    symmetric: bool,
+    folder: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    asked = recipe(text, method="rtn", bits=4, symmetric=symmetric, objective="mse", scale_dtype="float16")
+    logitwise.quantize(folder, tmp_path / "0", asked)
+    way = ["gptq", "awq", "gptq", "compressed-tensors"]
+    for index, form in enumerate(way):
+        logitwise.export(tmp_path / f"{index}", tmp_path / f"{index + 1}", form)
+        same(tmp_path / "0", tmp_path / f"{index + 1}")
+        report = read_report(tmp_path / f"{index + 1}")
+        assert report is not None
+        assert report["choices"]["format"]["value"] == form
+        config = (tmp_path / f"{index + 1}" / "config.json").read_text()
+        assert f'"quant_method": "{form}"' in config
+    message = r"mlx cannot hold .*\n.*groups of 32.*\n.*that do: compressed-tensors, gptq, awq"
+    with pytest.raises(FormatError, match=message):
+        logitwise.export(tmp_path / "0", tmp_path / "mlx", "mlx")
+
+
 def test_a_checkpoint_that_nobody_reported_on_is_exported_too(checkpoint: Path, tmp_path: Path) -> None:
     logitwise.export(checkpoint, tmp_path / "one", "compressed-tensors")
     for name in ("logitwise.json", "README.md"):
