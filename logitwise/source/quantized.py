@@ -87,13 +87,14 @@ class QuantizedFolder(FolderSource):
                 )
             return form
         method = self.config.quantization_config.get("quant_method")
-        if method not in FORMATS:
+        named = {name: form for name, form in FORMATS.items() if form.config_keys[0] == "quantization_config"}
+        if method not in named:
             raise SourceError(
                 f"{self.folder} is quantized by {method}",
                 f"that method is not read yet; those that are: {', '.join(FORMATS)}",
                 "give the model it was quantized from, in full precision",
             )
-        return FORMATS[method]
+        return named[method]
 
     def _group(self) -> dict[str, list[str]]:
         """The tensors of each quantized layer, by the layer's module in the files.

@@ -314,13 +314,15 @@ def test_keys_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize("key", FORMAT.config_keys)
-def test_what_is_no_table_is_refused(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "said"), [*((key, 4) for key in FORMAT.config_keys), (FORMAT.config_keys[1], {"quant_method": "mlx"})]
+)
+def test_keys_that_loaders_would_not_read_are_refused(tmp_path: Path, key: str, said: object) -> None:
     write(tmp_path, [Grid(4, 32, True)])
     config = json.loads((tmp_path / "config.json").read_text())
     for each in FORMAT.config_keys:
         del config[each]
-    (tmp_path / "config.json").write_text(json.dumps(config | {key: 4}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: said}))
     with pytest.raises(SourceError):
         open_source(tmp_path)
 
