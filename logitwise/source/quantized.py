@@ -1,6 +1,6 @@
 """A folder whose weights are already quantized, read through the format that wrote them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +71,30 @@ class QuantizedFolder(FolderSource):
         """
         for form in FORMATS.values():
             first, *others = form.config_keys
-            if first == "quantization_config" or getattr(self.config, first, None) is None:
+            said = getattr(self.config, first, None)
+            if said is None:
                 continue
-            for key in others:
-                if getattr(self.config, key, getattr(self.config, first)) != getattr(self.config, first):
-                    raise SourceError(
-                        f"config.json of {self.folder} contradicts itself",
-                        f"{first} and {key} differ, and loaders of {form.name} expect both to say the same",
-                        "fetch the model again",
-                    )
+            if not isinstance(said, Mapping):
+                why = f"it is a {type(said).__name__}, not a JSON object"
+                raise SourceError(f"{first} in config.json of {self.folder} is not read", why, "fetch the model again")
+            if first == "quantization_config":
+                continue
+            if any(getattr(self.config, key, said) != said for key in others):
+                raise SourceError(
+                    f"config.json of {self.folder} contradicts itself",
+                    f"{form.name} has the same under {' and '.join(form.config_keys)}, and here they differ",
+                    "fetch the model again",
+                )
             return form
         method = self.config.quantization_config.get("quant_method")
-        if method not in FORMATS:
+        named = {name: form for name, form in FORMATS.items() if form.config_keys[0] == "quantization_config"}
+        if method not in named:
             raise SourceError(
                 f"{self.folder} is quantized by {method}",
                 f"that method is not read yet; those that are: {', '.join(FORMATS)}",
                 "give the model it was quantized from, in full precision",
             )
-        return FORMATS[method].described_by(self.config.quantization_config)
+        return named[method].described_by(self.config.quantization_config)
 
     def _group(self) -> dict[str, list[str]]:
         """The tensors of each quantized layer, by the layer's module in the files.

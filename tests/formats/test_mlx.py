@@ -311,7 +311,22 @@ def test_keys_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     assert config["quantization"] == config["quantization_config"]
     config["quantization_config"] = {"quant_method": "gptq"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match=r"contradicts itself\n.*quantization and quantization_config differ"):
+    with pytest.raises(
+        SourceError, match=r"contradicts itself\n.*quantization and quantization_config, and here they differ"
+    ):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [*((key, 4) for key in FORMAT.config_keys), (FORMAT.config_keys[1], {"quant_method": "mlx"})]
+)
+def test_keys_that_loaders_would_not_read_are_refused(tmp_path: Path, key: str, said: object) -> None:
+    write(tmp_path, [Grid(4, 32, True)])
+    config = json.loads((tmp_path / "config.json").read_text())
+    for each in FORMAT.config_keys:
+        del config[each]
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: said}))
+    with pytest.raises(SourceError):
         open_source(tmp_path)
 
 
