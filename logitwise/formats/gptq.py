@@ -11,7 +11,8 @@ The stream is the dense one (`packing.py`) at every number of bits. Zero points 
 they are stored is told by `checkpoint_format` alone: "gptq" (v1, also where the key is missing) has z - 1 modulo
 2^bits, "gptq_v2" has z. A wrong label is loaded by engines without a word, and the weights are wrong. Symmetric grids
 are written as v1, which most readers know, asymmetric ones as v2, since v1 has no place for z = 0: readers disagree
-on whether its stored 2^bits - 1 is 0 or 2^bits.
+on whether its stored 2^bits - 1 is 0 or 2^bits, and gptqmodel adds 1 to whole words, so that it carries into
+the next zero point.
 """
 
 from collections.abc import Callable, Collection, Mapping
