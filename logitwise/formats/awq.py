@@ -11,6 +11,7 @@ Word k of a row holds the outputs 8k .. 8k + 7, but not in their order: nibble j
 """
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,10 @@ class Awq(Format):
         if reason is None and out_features % len(PLACES):
             return f"{name} has {out_features} outputs; {self.name} needs a multiple of {len(PLACES)}"
         return reason
+
+    def bits_stored(self, grid: Grid, out_features: int, in_features: int) -> int:
+        """Bits that a layer's weight takes; zero points are stored on symmetric grids too."""
+        return replace(grid, symmetric=False).bits_stored(out_features, in_features)
 
     def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """The three tensors of a layer."""

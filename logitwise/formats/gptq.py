@@ -16,6 +16,7 @@ the next zero point.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,6 +104,10 @@ class Gptq(Format):
                     f"{self.name} needs a multiple of {multiple}"
                 )
         return None
+
+    def bits_stored(self, grid: Grid, out_features: int, in_features: int) -> int:
+        """Bits that a layer's weight takes; zero points are stored on symmetric grids too."""
+        return replace(grid, symmetric=False).bits_stored(out_features, in_features)
 
     def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """The four tensors of a layer."""

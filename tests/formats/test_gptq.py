@@ -13,7 +13,7 @@ from torch import Tensor
 import logitwise
 from logitwise.errors import FormatError, InputError, SourceError
 from logitwise.evaluation import evaluate, inspect
-from logitwise.formats import FORMATS, choose
+from logitwise.formats import FORMATS, Format, choose
 from logitwise.formats.checkpoint import write_checkpoint, write_config
 from logitwise.formats.gptq import BITS, V1, V2, Gptq
 from logitwise.grid import Grid, Quantized
@@ -337,3 +337,14 @@ def test_quantize_writes_it(tmp_path: Path, symmetric: bool):
     assert found.likelihood.kl.mean < 0.1
     with pytest.raises(InputError, match="gptq cannot hold this grid"):
         logitwise.quantize(folder, tmp_path / "five", logitwise.Recipe(**{**run, "bits": 5}))
+
+
+@pytest.mark.parametrize("form", [FORMATS["gptq"], FORMATS["awq"]], ids=lambda form: form.name)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_bits_stored_are_those_of_the_files(form: Format, symmetric: bool):
+    grid = Grid(4, 32, symmetric, torch.float16)
+    codes = torch.zeros(16, 64, dtype=torch.uint8)
+    zero = torch.full((16, 2), 8, dtype=torch.uint8)
+    stored = form.tensors("layer", Quantized(codes, torch.ones(16, 2, dtype=torch.float16), zero, grid))
+    stored.pop("layer.g_idx", None)  # the same for all layers of so many inputs, and not counted
+    assert form.bits_stored(grid, 16, 64) == sum(8 * tensor.nbytes for tensor in stored.values())
