@@ -79,7 +79,8 @@ def export(
         )
     if (reason := _refusal(FORMATS[format], grids)) is not None:
         fits = [name for name, form in FORMATS.items() if _refusal(form, grids) is None]
-        raise FormatError(f"{format} cannot hold {checkpoint}", reason, f"formats that do: {', '.join(fits) or 'none'}")
+        remedy = f"choose one that does: {', '.join(fits)}" if fits else "no format here does"
+        raise FormatError(f"{format} cannot hold {checkpoint}", reason, remedy)
 
     def contents() -> Iterator[tuple[str, Tensor | Quantized]]:
         for name in source.names():

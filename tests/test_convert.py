@@ -79,7 +79,7 @@ def test_there_and_back_through_every_format_that_holds_the_grid(
         assert report["choices"]["format"]["value"] == form
         config = (tmp_path / f"{index + 1}" / "config.json").read_text()
         assert f'"quant_method": "{form}"' in config
-    message = r"mlx cannot hold .*\n.*groups of 32.*\n.*that do: compressed-tensors, gptq, awq"
+    message = r"mlx cannot hold .*\n.*groups of 32.*\n.*that does: compressed-tensors, gptq, awq"
     with pytest.raises(FormatError, match=message):
         logitwise.export(tmp_path / "0", tmp_path / "mlx", "mlx")
 
@@ -105,7 +105,7 @@ def test_refusals_before_anything_is_written(
 
     monkeypatch.setitem(FORMATS, "narrow", Narrow())
     out = tmp_path / "out"
-    with pytest.raises(FormatError, match=r"narrow cannot hold .*\n.*8 bits only\n.*formats that do: compressed"):
+    with pytest.raises(FormatError, match=r"narrow cannot hold .*\n.*8 bits only\n.*one that does: compressed"):
         logitwise.export(checkpoint, out, "narrow")
     with pytest.raises(FormatError, match=r"no format gguff\n.*compressed-tensors.*narrow"):
         logitwise.export(checkpoint, out, "gguff")
