@@ -11,7 +11,6 @@ Word k of a row holds the outputs 8k .. 8k + 7, but not in their order: nibble j
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 from logitwise.errors import FormatError
 from logitwise.formats.base import Format
 from logitwise.formats.checks import (
-    check_on_grid,
     expect,
     name_of,
     nothing_left,
@@ -48,7 +46,8 @@ class Awq(Format):
 
     name = "awq"
     suffixes = ("qweight", "qzeros", "scales", "g_idx")  # the last is GPTQ's: seen, so that it is refused
-    scale_suffix = "scales"
+    scale_suffix, shape_suffix = "scales", "qweight"
+    stores_every_zero = True
 
     def holds(self, grid: Grid) -> str | None:
         """None, or why the grid cannot be written."""
@@ -69,17 +68,8 @@ class Awq(Format):
             return f"{name} has {out_features} outputs; {self.name} needs a multiple of {len(PLACES)}"
         return reason
 
-    def bits_stored(self, grid: Grid, out_features: int, in_features: int) -> int:
-        """Bits that a layer's weight takes; zero points are stored on symmetric grids too."""
-        return replace(grid, symmetric=False).bits_stored(out_features, in_features)
-
-    def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
+    def _laid_out(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """The three tensors of a layer."""
-        grid, (out_features, in_features) = quantized.grid, quantized.codes.shape
-        reason = self.holds(grid) or self.holds_layer(prefix, out_features, in_features, False, grid)
-        if reason is not None:
-            raise FormatError(f"{prefix} cannot be written", reason, "choose another grid or format")
-        check_on_grid(prefix, quantized)
         return {
             f"{prefix}.qweight": _pack(quantized.codes.T),
             f"{prefix}.qzeros": _pack(quantized.zero.T),
@@ -116,11 +106,7 @@ class Awq(Format):
     def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
         """One layer."""
         take_nothing_else(tensors, prefix, ("qweight", "qzeros", "scales"))
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        out_features, in_features = self.shape(prefix, shapes, tensors.__getitem__, grid)
-        reason = self.holds_layer(prefix, out_features, in_features, False, grid)
-        if reason is not None:
-            raise refusal(f"{prefix}.qweight", reason)
+        out_features, in_features = self.shape_read(prefix, tensors, grid)
         groups, words = grid.groups(in_features), out_features * BITS // WORD
         packed = take(tensors, f"{prefix}.qweight", torch.int32, (in_features, words))
         scale = take_scale(tensors, f"{prefix}.scales", grid.scale_dtype, (groups, out_features))

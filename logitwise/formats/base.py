@@ -2,11 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from logitwise.errors import FormatError
+from logitwise.formats.checks import check_on_grid, refusal
 from logitwise.grid import Grid, Quantized
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -41,6 +44,10 @@ class Format(ABC):
     """The library that loads a checkpoint, as the hub names it."""
     per_channel: bool = True
     """Whether one group for each output channel is held."""
+    stores_every_zero: bool = False
+    """Whether the zero points of symmetric grids are stored too."""
+    shape_suffix: str
+    """The one of `suffixes` that tells a layer's shape."""
 
     @abstractmethod
     def holds(self, grid: Grid) -> str | None:
@@ -71,14 +78,24 @@ class Format(ABC):
 
     def bits_stored(self, grid: Grid, out_features: int, in_features: int) -> int:
         """Bits that a layer's weight takes: codes, scales, and zero points in whatever form they are stored."""
-        return grid.bits_stored(out_features, in_features)
+        stored = replace(grid, symmetric=False) if self.stores_every_zero else grid
+        return stored.bits_stored(out_features, in_features)
 
-    @abstractmethod
     def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """Every tensor that takes the place of `{prefix}.weight`, by full name.
 
         Errors: FormatError where the weight does not lie on its grid, or the format does not hold the grid.
         """
+        grid, (out_features, in_features) = quantized.grid, quantized.codes.shape
+        reason = self.holds(grid) or self.holds_layer(prefix, out_features, in_features, False, grid)
+        if reason is not None:
+            raise FormatError(f"{prefix} cannot be written", reason, "choose another grid or format")
+        check_on_grid(prefix, quantized)
+        return self._laid_out(prefix, quantized)
+
+    @abstractmethod
+    def _laid_out(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
+        """`tensors` of a weight that the format holds."""
 
     @abstractmethod
     def quantization_config(self, grids: Mapping[str, Grid], ignored: list[str]) -> dict[str, Any]:
@@ -118,6 +135,18 @@ class Format(ABC):
 
         Errors: FormatError, naming the tensor that does not tell.
         """
+
+    def shape_read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> tuple[int, int]:
+        """`shape` of a layer whose tensors are there.
+
+        Errors: FormatError, naming the tensor, also where the format holds no such layer.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        out_features, in_features = self.shape(prefix, shapes, tensors.__getitem__, grid)
+        reason = self.holds_layer(prefix, out_features, in_features, False, grid)
+        if reason is not None:
+            raise refusal(f"{prefix}.{self.shape_suffix}", reason)
+        return out_features, in_features
 
     @abstractmethod
     def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from logitwise.errors import FormatError
 from logitwise.formats.base import Format
-from logitwise.formats.checks import check_on_grid, expect, name_of, nothing_left, refusal, take, take_scale, unread
+from logitwise.formats.checks import expect, name_of, nothing_left, refusal, take, take_scale, unread
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes, words_of
 from logitwise.grid import Grid, Quantized
 
@@ -40,7 +40,7 @@ class CompressedTensors(Format):
 
     name = "compressed-tensors"
     suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-    scale_suffix = "weight_scale"
+    scale_suffix, shape_suffix = "weight_scale", "weight_shape"
 
     def holds(self, grid: Grid) -> str | None:
         """None, or why the grid cannot be written."""
@@ -52,17 +52,13 @@ class CompressedTensors(Format):
             return f"{self.name} stores scales as float16, bfloat16 or float32, not {name_of(grid.scale_dtype)}"
         return None
 
-    def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
+    def _laid_out(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """The three tensors of a symmetric layer, or the four of an asymmetric one."""
-        grid, (out_features, in_features) = quantized.grid, quantized.codes.shape
-        reason = self.holds(grid) or self.holds_layer(prefix, out_features, in_features, False, grid)
-        if reason is not None:
-            raise FormatError(f"{prefix} cannot be written", reason, "choose another grid or format")
-        check_on_grid(prefix, quantized)
+        grid = quantized.grid
         stored = {
             f"{prefix}.weight_packed": pack_codes(quantized.codes, grid.bits),
             f"{prefix}.weight_scale": quantized.scale.contiguous(),
-            f"{prefix}.weight_shape": torch.tensor([out_features, in_features]),
+            f"{prefix}.weight_shape": torch.tensor(list(quantized.codes.shape)),
         }
         if not grid.symmetric:
             stored[f"{prefix}.weight_zero_point"] = pack_codes(quantized.zero.T, grid.bits).T.contiguous()
@@ -103,10 +99,7 @@ class CompressedTensors(Format):
 
     def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
         """One layer, with its zero points written out where the grid is symmetric."""
-        out_features, in_features = _shape_in(prefix, tensors)
-        reason = self.holds_layer(prefix, out_features, in_features, False, grid)
-        if reason is not None:
-            raise refusal(f"{prefix}.weight_shape", reason)
+        out_features, in_features = self.shape_read(prefix, tensors, grid)
         groups = grid.groups(in_features)
 
         words = (out_features, words_of(in_features, grid.bits))
@@ -128,7 +121,11 @@ class CompressedTensors(Format):
     ) -> tuple[int, int]:
         """As `weight_shape` says."""
         name = f"{prefix}.weight_shape"
-        return _shape_in(prefix, {name: load(name)} if name in shapes else {})
+        stored = take({name: load(name)} if name in shapes else {}, name, torch.int64, (2,))
+        out_features, in_features = (int(size) for size in stored)
+        if out_features < 1 or in_features < 1:
+            raise refusal(name, f"it says [{out_features}, {in_features}]")
+        return out_features, in_features
 
     def loaders(self, grids: Collection[Grid]) -> str:
         # On a CPU, vLLM 0.32 has a kernel for 4 bits only; what it serves on a GPU is read from its source, not run.
@@ -207,14 +204,6 @@ class CompressedTensors(Format):
         if reason is not None:
             raise FormatError("this quantization_config is not read", reason, "check its config_groups")
         return grid
-
-
-def _shape_in(prefix: str, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    name = f"{prefix}.weight_shape"
-    out_features, in_features = (int(size) for size in take(tensors, name, torch.int64, (2,)))
-    if out_features < 1 or in_features < 1:
-        raise refusal(name, f"it says [{out_features}, {in_features}]")
-    return out_features, in_features
 
 
 def _scheme(grid: Grid, targets: list[str]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ the next zero point.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from torch import Tensor
 from logitwise.errors import FormatError
 from logitwise.formats.base import Format
 from logitwise.formats.checks import (
-    check_on_grid,
     expect,
     name_of,
     nothing_left,
@@ -76,7 +74,8 @@ class Gptq(Format):
 
     name = "gptq"
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
-    scale_suffix = "scales"
+    scale_suffix, shape_suffix = "scales", "qweight"
+    stores_every_zero = True
 
     def __init__(self, checkpoint_format: str | None = None) -> None:
         self.checkpoint_format = checkpoint_format
@@ -105,17 +104,9 @@ class Gptq(Format):
                 )
         return None
 
-    def bits_stored(self, grid: Grid, out_features: int, in_features: int) -> int:
-        """Bits that a layer's weight takes; zero points are stored on symmetric grids too."""
-        return replace(grid, symmetric=False).bits_stored(out_features, in_features)
-
-    def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
+    def _laid_out(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """The four tensors of a layer."""
-        grid, (out_features, in_features) = quantized.grid, quantized.codes.shape
-        reason = self.holds(grid) or self.holds_layer(prefix, out_features, in_features, False, grid)
-        if reason is not None:
-            raise FormatError(f"{prefix} cannot be written", reason, "choose another grid or format")
-        check_on_grid(prefix, quantized)
+        grid, in_features = quantized.grid, quantized.codes.shape[1]
         # A symmetric zero point is never 0, so v1's z - 1 does not wrap.
         zero = quantized.zero - 1 if grid.symmetric else quantized.zero
         return {
@@ -181,11 +172,7 @@ class Gptq(Format):
     def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
         """One layer, its zero points as `checkpoint_format` has them."""
         take_nothing_else(tensors, prefix, self.suffixes)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        out_features, in_features = self.shape(prefix, shapes, tensors.__getitem__, grid)
-        reason = self.holds_layer(prefix, out_features, in_features, False, grid)
-        if reason is not None:
-            raise refusal(f"{prefix}.qweight", reason)
+        out_features, in_features = self.shape_read(prefix, tensors, grid)
         groups = grid.groups(in_features)
         words = (in_features * grid.bits // WORD, out_features)
         packed = take(tensors, f"{prefix}.qweight", torch.int32, words)

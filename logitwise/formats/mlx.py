@@ -31,7 +31,7 @@ from torch import Tensor
 
 from logitwise.errors import FormatError
 from logitwise.formats.base import Format
-from logitwise.formats.checks import check_on_grid, name_of, refusal, take, take_nothing_else, take_scale, unread
+from logitwise.formats.checks import name_of, refusal, take, take_nothing_else, take_scale, unread
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes, words_of
 from logitwise.grid import Grid, Quantized
 
@@ -44,7 +44,7 @@ class Mlx(Format):
 
     name = "mlx"
     suffixes = ("weight", "scales", "biases")
-    scale_suffix = "scales"
+    scale_suffix, shape_suffix = "scales", "weight"
     # mlx-lm loads by the first. As it does, logitwise repeats it in the second, where the hub looks, and where
     # transformers finds no quant_method and says so, before it comes to tensors of other shapes than it expects.
     config_keys = ("quantization", "quantization_config")
@@ -76,13 +76,9 @@ class Mlx(Format):
         of_group = 2 * 8 * grid.scale_dtype.itemsize
         return out_features * (in_features * grid.bits + grid.groups(in_features) * of_group)
 
-    def tensors(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
+    def _laid_out(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """The three tensors of a layer."""
-        grid, (out_features, in_features) = quantized.grid, quantized.codes.shape
-        reason = self.holds(grid) or self.holds_layer(prefix, out_features, in_features, False, grid)
-        if reason is not None:
-            raise FormatError(f"{prefix} cannot be written", reason, "choose another grid or format")
-        check_on_grid(prefix, quantized)
+        grid = quantized.grid
         exact = _biases(quantized.scale, quantized.zero)
         biases = exact.to(grid.scale_dtype)
         if not torch.equal(biases.float(), exact) or not bool(torch.isfinite(biases).all()):
@@ -120,11 +116,7 @@ class Mlx(Format):
 
     def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
         """One layer, its zero points found by its biases."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        out_features, in_features = self.shape(prefix, shapes, tensors.__getitem__, grid)
-        reason = self.holds_layer(prefix, out_features, in_features, False, grid)
-        if reason is not None:
-            raise refusal(f"{prefix}.weight", reason)
+        out_features, in_features = self.shape_read(prefix, tensors, grid)
         take_nothing_else(tensors, prefix, self.suffixes)
         groups = (out_features, grid.groups(in_features))
         packed = take(tensors, f"{prefix}.weight", torch.uint32, (out_features, words_of(in_features, grid.bits)))
