@@ -88,7 +88,7 @@ def export(
             yield name, source.read(name) if quantized is None else quantized
 
     with staged(out, overwrite) as staging:
-        written = write_tensors(staging, contents(), FORMATS[format], len(source.names()), watcher)
+        written = write_tensors(staging, contents(), FORMATS[format], len(source.names()), verify, watcher)
         own = {slot.module: grid for slot, grid in grids.items()}
         write_model_files(staging, source, skeleton, FORMATS[format], own)
         if (report := read_report(Path(checkpoint)) if Path(checkpoint).is_dir() else None) is not None:
@@ -103,8 +103,7 @@ def export(
 
 def _refusal(form: Format, grids: dict[Slot, Grid]) -> str | None:
     """Why a format cannot hold these layers; None where it can."""
-    together: Collection[Grid] = set(grids.values())
-    if reason := next(filter(None, map(form.holds, together)), None) or form.holds_together(together):
+    if reason := form.holds_grids(set(grids.values())):
         return reason
     for slot, grid in grids.items():
         reason = form.holds_layer(slot.module, slot.out_features, slot.in_features, slot.transposed, grid)

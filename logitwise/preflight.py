@@ -236,7 +236,7 @@ def _check_slots(slots: list[Slot], recipe: Recipe) -> Choice:
     grids = {slot: recipe.grids_of(slot.module) for slot in slots}
     together = {grid for found in grids.values() for grid in found}
     form, why = choose(together) if recipe.format == "auto" else (FORMATS[recipe.format], "as asked")
-    reason = next(filter(None, map(form.holds, together)), None) or form.holds_together(together)
+    reason = form.holds_grids(together)
     if reason is not None:
         raise FormatError(f"{form.name} cannot hold this grid", reason, "change the grid or --format")
     for slot, found in grids.items():

@@ -66,7 +66,7 @@ def write(
     grids = {slot.module: grid_of(slot.module) for slot in job.slots}
     parameters = sum(torch.Size(source.shape(name)).numel() for name in source.names())
     with staged(out, overwrite) as staging:
-        written = write_tensors(staging, contents(), job.format, len(job.fates), watcher)
+        written = write_tensors(staging, contents(), job.format, len(job.fates), verify, watcher)
         report = {
             **report,
             "grids": dict(Counter(map(str, grids.values()))),
@@ -101,9 +101,17 @@ class Written:
 
 
 def write_tensors(
-    staging: Path, contents: Iterable[tuple[str, Tensor | Quantized]], form: Format, count: int, watcher: Watcher
+    staging: Path,
+    contents: Iterable[tuple[str, Tensor | Quantized]],
+    form: Format,
+    count: int,
+    verify: bool,
+    watcher: Watcher,
 ) -> Written:
-    """Writes parameters, `count` of them, as they come: quantized weights in the format, others as they are."""
+    """Writes parameters, `count` of them, as they come: quantized weights in the format, others as they are.
+
+    Their digests are taken where they are to be compared.
+    """
     digests: dict[str, str] = {}
     bits = 0
 
@@ -111,7 +119,8 @@ def write_tensors(
         nonlocal bits
         with watcher.stage("Writing the checkpoint", count) as stage:
             for name, content in contents:
-                digests[name] = _digest(content)
+                if verify:
+                    digests[name] = _digest(content)
                 if isinstance(content, Quantized):
                     bits += form.bits_stored(content.grid, *content.codes.shape)
                     yield from form.tensors(name.removesuffix(".weight"), content).items()

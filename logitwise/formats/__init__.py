@@ -20,7 +20,7 @@ def choose(grids: Collection[Grid]) -> tuple[Format, str]:
     Errors: FormatError where no format holds the grids.
     """
     chosen = FORMATS["compressed-tensors"]
-    reason = next(filter(None, map(chosen.holds, grids)), None) or chosen.holds_together(grids)
+    reason = chosen.holds_grids(grids)
     if reason is not None:
         raise FormatError("no format holds this grid", reason, "choose other bits, group size or --scale-dtype")
     return chosen, chosen.loaders(grids)

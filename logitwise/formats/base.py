@@ -76,6 +76,10 @@ class Format(ABC):
         """None where layers on these grids may be in one checkpoint, else the reason why not."""
         return None if len(grids) == 1 else f"{self.name} holds one grid for all layers"
 
+    def holds_grids(self, grids: Collection[Grid]) -> str | None:
+        """None where each of these grids is held, and all of them in one checkpoint, else the reason why not."""
+        return next(filter(None, map(self.holds, grids)), None) or self.holds_together(grids)
+
     def bits_stored(self, grid: Grid, out_features: int, in_features: int) -> int:
         """Bits that a layer's weight takes: codes, scales, and zero points in whatever form they are stored."""
         stored = replace(grid, symmetric=False) if self.stores_every_zero else grid
