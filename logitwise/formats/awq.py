@@ -27,6 +27,7 @@ from logitwise.formats.checks import (
     take_nothing_else,
     take_scale,
     unread,
+    whole,
 )
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes
 from logitwise.grid import Grid, Quantized
@@ -125,12 +126,8 @@ class Awq(Format):
         version = rest.pop("version", None)
         if not isinstance(version, str) or version.lower() != "gemm":
             raise unread("version", repr(version), "'gemm'")
-        bits, group_size = rest.pop("bits", None), rest.pop("group_size", None)
+        bits, group_size = whole(rest, "bits"), whole(rest, "group_size")
         nothing_left(rest, NEUTRAL_KEYS)
-        if type(bits) is not int:
-            raise unread("bits", repr(bits), "a whole number")
-        if type(group_size) is not int:
-            raise unread("group_size", repr(group_size), "a whole number")
         grid = Grid(bits, None if group_size == -1 else group_size, False, scale_dtype)
         reason = self.holds(grid)
         if reason is not None:

@@ -92,6 +92,14 @@ def expect(config: dict[str, Any], key: str, *allowed: object) -> None:
         raise unread(key, repr(value), " or ".join(repr(one) for one in allowed))
 
 
+def whole(config: dict[str, Any], key: str, expected: str = "a whole number") -> int:
+    """Takes a whole number out of the config."""
+    value = config.pop(key, None)
+    if type(value) is not int:
+        raise unread(key, repr(value), expected)
+    return value
+
+
 def nothing_left(config: dict[str, Any], neutral: frozenset[str]) -> None:
     """Refuses a config with keys that nobody took, other than those that say nothing about the weights."""
     unknown = sorted(set(config) - neutral)

@@ -32,6 +32,7 @@ from logitwise.formats.checks import (
     take_nothing_else,
     take_scale,
     unread,
+    whole,
 )
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes
 from logitwise.grid import Grid, Quantized
@@ -214,12 +215,10 @@ class Gptq(Format):
         expect(rest, "is_marlin_format", None, False)
         expect(rest, "pack_dtype", None, "int32")
         expect(rest, "dynamic", None, {})
-        bits, group_size, symmetric = (rest.pop(key, None) for key in ("bits", "group_size", "sym"))
+        bits = whole(rest, "bits")
+        group_size = whole(rest, "group_size", "a whole number, -1 for one group a channel")
+        symmetric = rest.pop("sym", None)
         nothing_left(rest, NEUTRAL_KEYS)
-        if type(bits) is not int:
-            raise unread("bits", repr(bits), "a whole number")
-        if type(group_size) is not int:
-            raise unread("group_size", repr(group_size), "a whole number, -1 for one group a channel")
         if type(symmetric) is not bool:
             raise unread("sym", repr(symmetric), "true or false")
         grid = Grid(bits, None if group_size == -1 else group_size, symmetric, scale_dtype)
