@@ -52,7 +52,17 @@ FITS: dict[str, dict[str, Any]] = {
     "lfq quantized teacher": {"teacher_last": "quantized"},
 }
 KINDS = ("both", "solutions", "chat", "wikitext", "own", "own-tasks")
-VARIANTS = FITS | {f"{name}+polish": {**settings, "polish": True} for name, settings in FITS.items()}
+POLISH: dict[str, dict[str, Any]] = {
+    "+polish": {"polish": True},
+    "+slow polish": {  # a quarter of the usual rates
+        "polish": True,
+        "polish_learning": {
+            "scale": {"optimizer": "adam", "rate": 7.5e-4, "schedule": "cosine"},
+            "vector": {"optimizer": "adam", "rate": 2.5e-4, "schedule": "cosine"},
+        },
+    },
+}
+VARIANTS = FITS | {f"{name}{end}": FITS[name] | polish for name in FITS for end, polish in POLISH.items()}
 FULL = "full precision"
 DEFAULT = [
     f"{name}{end}"

@@ -42,7 +42,7 @@ def each_grid_and_seed(given: argparse.Namespace, *more: str) -> None:
 
 
 @contextmanager
-def few(most: int = 2) -> Iterator[None]:
+def few(most: int = 3) -> Iterator[None]:
     """At most so many processes at a time: for what takes much of the memory of a GPU that processes share."""
     with ExitStack() as stack:
         names = (Path(tempfile.gettempdir()) / f"logitwise-{index}.lock" for index in range(most))
