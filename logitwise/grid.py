@@ -22,12 +22,15 @@ class Grid:
         group_size: inputs that share a scale and a zero point; None: one pair for each output channel.
         symmetric: the zero point is 2^(bits - 1) everywhere.
         scale_dtype: the type the scales are stored in; every computation uses scales already rounded to it.
+        minimum: each group has a float minimum in place of a zero point, in the type of its scale, as MLX and
+            llama.cpp's own quantizers make them; such grids are read and refitted, not chosen.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool
     scale_dtype: torch.dtype = torch.float16
+    minimum: bool = False
 
     @property
     def levels(self) -> int:
@@ -44,14 +47,15 @@ class Grid:
         return 1 if self.group_size is None else in_features // self.group_size
 
     def bits_stored(self, out_features: int, in_features: int) -> int:
-        """Bits a weight of this shape takes: codes, scales and (asymmetric) zero points."""
-        of_group = 8 * self.scale_dtype.itemsize + (0 if self.symmetric else self.bits)
+        """Bits a weight of this shape takes: codes, scales and (asymmetric) zero points or minima."""
+        of_scale = 8 * self.scale_dtype.itemsize
+        of_group = of_scale + (of_scale if self.minimum else 0 if self.symmetric else self.bits)
         return out_features * (in_features * self.bits + self.groups(in_features) * of_group)
 
     def __str__(self) -> str:
         """As people say it."""
         group = f"groups of {self.group_size}" if self.group_size else "one scale a channel"
-        kind = "symmetric" if self.symmetric else "asymmetric"
+        kind = "float minima" if self.minimum else "symmetric" if self.symmetric else "asymmetric"
         return f"{self.bits} bits, {group}, {kind}, {str(self.scale_dtype).removeprefix('torch.')} scales"
 
 
@@ -62,27 +66,35 @@ class Quantized:
     Args:
         codes: unsigned codes [out, in].
         scale: [out, groups], in the grid's scale type; may be negative.
-        zero: integer zero points [out, groups], as unsigned codes.
+        zero: integer zero points [out, groups], as unsigned codes; 0 where there are minima.
         grid: the grid they lie on.
+        minimum: of grids with float minima, what code 0 stands for, [out, groups], in the grid's scale type.
     """
 
     codes: UInt8[Tensor, "out in"]
     scale: Float[Tensor, "out groups"]
     zero: UInt8[Tensor, "out groups"]
     grid: Grid
+    minimum: Float[Tensor, "out groups"] | None = None
 
     def dequantize(self) -> Float[Tensor, "out in"]:
         """The weight that the codes stand for, float32 [out, in]."""
         groups = self.scale.shape[1]
         difference = split(self.codes.float(), groups) - self.zero.float().unsqueeze(-1)
-        return merge(self.scale.float().unsqueeze(-1) * difference)
+        weight = self.scale.float().unsqueeze(-1) * difference
+        return merge(weight if self.minimum is None else weight + self.minimum.float().unsqueeze(-1))
+
+    def parts(self) -> list[Tensor]:
+        """What is stored: codes, scales, zero points and, where there are any, minima."""
+        return [self.codes, self.scale, self.zero, *([] if self.minimum is None else [self.minimum])]
 
     def to(self, device: torch.device) -> "Quantized":
         """The same on another device."""
-        return Quantized(self.codes.to(device), self.scale.to(device), self.zero.to(device), self.grid)
+        codes, scale, zero, *minimum = (part.to(device) for part in self.parts())
+        return Quantized(codes, scale, zero, self.grid, *minimum)
 
     def bits_stored(self) -> int:
-        """Bits this weight takes: codes, scales and (asymmetric) zero points."""
+        """Bits this weight takes: codes, scales and (asymmetric) zero points or minima."""
         return self.grid.bits_stored(*self.codes.shape)
 
 

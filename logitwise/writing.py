@@ -152,7 +152,7 @@ def read_back(staging: Path, written: Written, watcher: Watcher) -> None:
 
 def _digest(content: Tensor | Quantized) -> str:
     """A hash of what a tensor, or a weight's codes, scales and zero points, hold."""
-    parts = [content.codes, content.scale, content.zero] if isinstance(content, Quantized) else [content]
+    parts = content.parts() if isinstance(content, Quantized) else [content]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{part.dtype} {tuple(part.shape)}".encode())

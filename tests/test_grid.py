@@ -232,3 +232,8 @@ def test_to_another_device_keeps_every_value() -> None:
     quantized = quantize(random_weight(2, 8, 0), Grid(4, 8, False))
     assert torch.equal(quantized.to(torch.device("cpu")).dequantize(), quantized.dequantize())
     assert quantized.to(torch.device("meta")).codes.is_meta
+
+
+def test_a_float_minimum_takes_as_many_bits_as_a_scale() -> None:
+    assert Grid(4, 32, False, minimum=True).bits_stored(2, 64) == 2 * (64 * 4 + 2 * 32)
+    assert str(Grid(4, 32, False, minimum=True)) == "4 bits, groups of 32, float minima, float16 scales"

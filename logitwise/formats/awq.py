@@ -50,8 +50,7 @@ class Awq(Format):
     scale_suffix, shape_suffix = "scales", "qweight"
     stores_every_zero = True
 
-    def holds(self, grid: Grid) -> str | None:
-        """None, or why the grid cannot be written."""
+    def _not_held(self, grid: Grid) -> str | None:
         if grid.bits != BITS:
             return f"{self.name} holds 4 bits, not {grid.bits}; gptq and compressed-tensors hold others"
         if grid.group_size is None:

@@ -44,14 +44,22 @@ class Format(ABC):
     """The library that loads a checkpoint, as the hub names it."""
     per_channel: bool = True
     """Whether one group for each output channel is held."""
+    holds_minima: bool = False
+    """Whether grids with float minima are held."""
     stores_every_zero: bool = False
     """Whether the zero points of symmetric grids are stored too."""
     shape_suffix: str
     """The one of `suffixes` that tells a layer's shape."""
 
-    @abstractmethod
     def holds(self, grid: Grid) -> str | None:
         """None where every weight on the grid can be written exactly, else the reason why not."""
+        if grid.minimum and not self.holds_minima:
+            return f"{self.name} holds whole zero points, not float minima"
+        return self._not_held(grid)
+
+    @abstractmethod
+    def _not_held(self, grid: Grid) -> str | None:
+        """`holds` of a grid whose kind of zero point the format has."""
 
     def holds_layer(self, name: str, out_features: int, in_features: int, transposed: bool, grid: Grid) -> str | None:
         """None where this layer can be written on the grid, else the reason, which names the layer.

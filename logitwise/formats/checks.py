@@ -20,7 +20,14 @@ def check_on_grid(prefix: str, quantized: Quantized) -> None:
     grid = quantized.grid
     remedy = "quantize this layer again; if that does not help, report it as a bug"
     groups = (quantized.codes.shape[0], grid.groups(quantized.codes.shape[1]))
-    for what, tensor, dtype in (("scale", quantized.scale, grid.scale_dtype), ("zero", quantized.zero, torch.uint8)):
+    stored = [("scale", quantized.scale, grid.scale_dtype), ("zero", quantized.zero, torch.uint8)]
+    if grid.minimum != (quantized.minimum is not None):
+        raise FormatError(
+            f"{prefix}: minima are {'missing' if grid.minimum else 'there'}", f"its grid is {grid}", remedy
+        )
+    if quantized.minimum is not None:
+        stored.append(("minimum", quantized.minimum, grid.scale_dtype))
+    for what, tensor, dtype in stored:
         if tuple(tensor.shape) != groups or tensor.dtype != dtype:
             found = f"{name_of(tensor.dtype)} {list(tensor.shape)}"
             why = f"its grid asks for {name_of(dtype)} {list(groups)}"

@@ -42,8 +42,7 @@ class CompressedTensors(Format):
     suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
     scale_suffix, shape_suffix = "weight_scale", "weight_shape"
 
-    def holds(self, grid: Grid) -> str | None:
-        """None, or why the grid cannot be written."""
+    def _not_held(self, grid: Grid) -> str | None:
         if not 2 <= grid.bits <= 8:
             return f"{self.name} holds 2 to 8 bits, not {grid.bits}"
         if grid.group_size is not None and grid.group_size < 1:

@@ -81,8 +81,7 @@ class Gptq(Format):
     def __init__(self, checkpoint_format: str | None = None) -> None:
         self.checkpoint_format = checkpoint_format
 
-    def holds(self, grid: Grid) -> str | None:
-        """None, or why the grid cannot be written."""
+    def _not_held(self, grid: Grid) -> str | None:
         if grid.bits not in BITS:
             return f"{self.name} holds 2, 3, 4 or 8 bits, not {grid.bits}"
         if grid.group_size is not None and grid.group_size < 1:

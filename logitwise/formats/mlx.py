@@ -6,7 +6,8 @@ For a Linear module P of shape [out, in], in place of P.weight:
     P.scales  float [out, in / group_size]
     P.biases  float [out, in / group_size]  in the type of the scales
 
-A weight is code * scale + bias, so bias = -zero * scale, and that product must not move a zero point:
+A weight is code * scale + bias. On a grid with float minima the bias is the minimum. Elsewhere bias = -zero * scale,
+and that product must not move a zero point:
 
 - A symmetric grid's zero point is a power of two, and the product exact in every type.
 - Other zero points have up to `bits` significant bits, for which float16 and bfloat16 have no room beside those of the
@@ -15,14 +16,17 @@ A weight is code * scale + bias, so bias = -zero * scale, and that product must 
 - float32 rounds the product by at most 2^-24 of itself, as it rounds every product, `Quantized.dequantize` included.
   The zero point is found again exactly, and weights are the measured ones but for float32's own rounding.
 
-The layout does not tell symmetric grids from others: all are read as asymmetric, those of symmetric grids with every
-zero point in the middle. A group whose scale is 0 is all zeros; its zero point is not stored and is read as the middle.
+The layout does not tell these apart. A layer is read as asymmetric where every bias is exactly that product for a whole
+zero point within the codes, those of symmetric grids with every zero point in the middle; and as one with float minima
+elsewhere, as those that mlx's own quantizer makes. A group whose scale is 0 is all zeros; its zero point is not stored
+and is read as the middle.
 
 Layout and keys are those of mlx 0.32 (`mlx.core.quantize`) and mlx-lm 0.32 (`mlx_lm.utils.load_model`).
 """
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,11 +56,11 @@ class Mlx(Format):
     group_sizes = (32, 64, 128)
     library = "mlx"
     per_channel = False
+    holds_minima = True
 
-    def holds(self, grid: Grid) -> str | None:
-        """None, or why the grid cannot be written."""
+    def _not_held(self, grid: Grid) -> str | None:
         reason = self._not_laid_out(grid)
-        if reason is not None or grid.symmetric or grid.scale_dtype == torch.float32:
+        if reason is not None or grid.symmetric or grid.minimum or grid.scale_dtype == torch.float32:
             return reason
         dtype = name_of(grid.scale_dtype)
         return (
@@ -79,7 +83,7 @@ class Mlx(Format):
     def _laid_out(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """The three tensors of a layer."""
         grid = quantized.grid
-        exact = _biases(quantized.scale, quantized.zero)
+        exact = _biases(quantized.scale, quantized.zero) if quantized.minimum is None else quantized.minimum.float()
         biases = exact.to(grid.scale_dtype)
         if not torch.equal(biases.float(), exact) or not bool(torch.isfinite(biases).all()):
             why = f"-zero * scale does not fit {name_of(grid.scale_dtype)}"
@@ -123,16 +127,13 @@ class Mlx(Format):
         scale, biases = (
             take_scale(tensors, f"{prefix}.{suffix}", grid.scale_dtype, groups) for suffix in ("scales", "biases")
         )
+        codes = unpack_codes(packed.view(torch.int32), grid.bits, in_features)
         zero = torch.where(scale == 0, float(grid.middle), torch.round(-biases.double() / scale.double()))
         within = (zero >= 0) & (zero <= grid.levels)
-        if not bool(within.all()) or not torch.equal(_biases(scale, zero), biases.float()):
-            why = (
-                f"it is not -zero * scale with a whole zero from 0 to {grid.levels}; biases that are a group's least "
-                "or largest weight, as mlx's own quantizer stores, are not read yet"
-            )
-            raise refusal(f"{prefix}.biases", why)
-        codes = unpack_codes(packed.view(torch.int32), grid.bits, in_features)
-        return Quantized(codes, scale, zero.to(torch.uint8), grid)
+        if bool(within.all()) and torch.equal(_biases(scale, zero), biases.float()):
+            return Quantized(codes, scale, zero.to(torch.uint8), grid)
+        none = torch.zeros(groups, dtype=torch.uint8)
+        return Quantized(codes, scale, none, replace(grid, minimum=True), biases)
 
     def loading(self, folder: str) -> str:
         """mlx-lm's own way."""

@@ -49,6 +49,8 @@ class QuantizedFolder(FolderSource):
     def grid(self, name: str) -> Grid | None:
         """The grid of a weight; None where it is kept in full precision."""
         prefix = self._places[name].removesuffix(".weight")
+        if self.format.holds_minima:  # not told by the config, but by what is stored
+            return None if (quantized := self.quantized(name)) is None else quantized.grid
         return self.grid_of(prefix) if prefix in self._tensors_of else None
 
     def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
