@@ -28,6 +28,8 @@ PANELS = {  # of a factor: what it is called, what is shown of a value, how that
     "rows_last": ("tokens of its own text", lambda rows: rows * 199, lambda x: f"{x / 1e6:.2g}M"),  # 199 of 256 count
     "final_blocks": ("blocks learned together", lambda blocks: blocks, lambda x: f"{x:.0f}"),
     "rate": ("rate of the rounding", lambda rate: rate, lambda x: f"{x:g}"),
+    "steps_last": ("steps of all blocks together", lambda steps: steps, lambda x: f"{x:,.0f}"),
+    "steps": ("steps of each MSE fit before", lambda steps: steps, lambda x: f"{x:,.0f}"),
 }
 PLAIN, POLISHED, INK = "#9aa5b1", "#1f77b4", "#30363d"
 
@@ -79,7 +81,7 @@ def factors(results: list[dict], out: Path) -> None:
 
     usual = {"rate": USUAL["learning_last"]["rounding"]["rate"]} | USUAL
     kl = {row["variant"]: row["figures"]["development"]["kl"]["mean"] for row in results if row["seed"] == 0}
-    figure, every = plt.subplots(1, len(PANELS), figsize=(10, 2.8), sharey=True)
+    figure, every = plt.subplots(1, len(PANELS), figsize=(13, 2.8), sharey=True)
     for axes, (key, (title, shown, written)) in zip(every, PANELS.items(), strict=True):
         points = {float(name.split("=")[1]): value for name, value in kl.items() if is_value(name, key)}
         points = dict(sorted((points | {float(usual[key]): kl["usual"]}).items()))

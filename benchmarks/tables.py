@@ -2,19 +2,27 @@
 
     python benchmarks/tables.py results.json [more.json ...] [--against mse]
 
-An interval is over development rows, which are drawn again 10,000 times, the same ones for both variants; seeds are
-averaged first. Top-1, perplexity and the KL of each kind of text are of the final rows, where there are any.
+An interval of KL is over development rows, which are drawn again 10,000 times, the same ones for both variants; seeds
+are averaged first. Top-1, perplexity and the KL of each kind of text are of the final rows, where there are any. The
+standard error of a share of right answers is over problems, seeds averaged first: seeds answer the same problems. Where
+problems longer than usual were answered, a second table has them by kind; intervals there are over problems and seeds.
 """
 
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Answers = NDArray[np.int64]
+"""Of each seed, whether it has each problem right."""
 
 DRAWS = 10_000
+FULL = "full precision"
 PLACES = {"final both": "final rows", "final solutions": "of them solutions", "final chat": "chat"}
 
 
@@ -30,11 +38,12 @@ def main() -> None:
             kind = row.get("calibration", "both")
             grid = row["grid"] if kind == "both" else f"{row['grid']}, calibrated on {kind}"
             grids[grid][row["variant"]][row["seed"]] = row
+    full = next((found[FULL] for found in grids.values() if FULL in found), {})
     for grid, variants in grids.items():
         rows = [row for by_seed in variants.values() for row in by_seed.values()]
         places = {place: PLACES[place] for place in PLACES if all(place in row["figures"] for row in rows)}
         columns = ["variant", "seeds", "KL, development", f"less than {given.against}, 95 %", *places.values()]
-        asked = any(row.get("accuracy") for row in rows)
+        asked = any(not is_harder(kind) for row in rows for kind in row.get("accuracy") or {})
         columns += ["top-1", "perplexity", *(["accuracy"] if asked else [])]
         print(f"\n{grid}\n\n| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
         for name, by_seed in variants.items():
@@ -46,11 +55,9 @@ def main() -> None:
             cells += [f"{mean(found, place, 'kl'):.4f}" for place in places]
             last = next(iter(places), "development")
             cells += [f"{mean(found, last, 'top1'):.4f}", f"{mean(found, last, 'perplexity'):.3f}"]
-            cells += (
-                [accuracy([row["accuracy"] for row in found if row.get("accuracy")])] if "accuracy" in columns else []
-            )
+            cells += [share(right(found, lambda kind: not is_harder(kind)))] if asked else []
             print(f"| {' | '.join(cells)} |")
-        harder(variants)
+        harder({FULL: full} | variants, given.against)
 
 
 def mean(rows: list[dict[str, Any]], place: str, figure: str) -> float:
@@ -63,18 +70,24 @@ def fell_back(row: dict[str, Any]) -> bool:
     return row["fitted_by"] == "mse" and not row["variant"].rpartition(": ")[2].startswith(("mse", "rtn"))
 
 
-def harder(variants: dict[str, dict[int, Any]]) -> None:
-    """A table of problems longer than the model was made for, where they were asked: a column for each kind."""
-    given = [found.get("accuracy") or {} for by_seed in variants.values() for found in by_seed.values()]
-    kinds = list(dict.fromkeys(kind for tasks in given for kind in tasks if is_harder(kind)))
-    if kinds:
-        print("\n| variant | " + " | ".join(kinds) + " |\n" + "|---" * (len(kinds) + 1) + "|")
-    for name, by_seed in variants.items():
-        if kinds:
-            cells = (
-                share([(found.get("accuracy") or {}).get(kind, []) for found in by_seed.values()]) for kind in kinds
-            )
-            print(f"| {name} | {' | '.join(cells)} |")
+def harder(variants: dict[str, dict[int, Any]], against: str) -> None:
+    """A table of problems longer than the model was made for, where they were asked: a row for each kind."""
+    given = {
+        name: found
+        for name, by_seed in variants.items()
+        if (found := [by_seed[seed] for seed in sorted(by_seed)]) and right(found, is_harder).size
+    }
+    if set(given) <= {FULL}:
+        return
+    others = [name for name in given if name not in (FULL, against)] if against in given else []
+    columns = ["kind", *given, *(f"{name} more than {against}, 95 %" for name in others)]
+    print(f"\n| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
+    kinds = [kind for kind in given[against if others else next(iter(given))][0]["accuracy"] if is_harder(kind)]
+    for title, some in [*((kind, [kind]) for kind in kinds), ("all", kinds)]:
+        answers = {name: right(found, some.__contains__) for name, found in given.items()}
+        cells = [title, *map(share, answers.values())]
+        cells += [more(answers[name], answers[against]) for name in others]
+        print(f"| {' | '.join(cells)} |")
 
 
 def is_harder(kind: str) -> bool:
@@ -82,18 +95,34 @@ def is_harder(kind: str) -> bool:
     return " of " in kind
 
 
-def accuracy(by_seed: list[dict[str, list[int]]]) -> str:
-    """The share of problems answered right over the five tasks."""
-    return share([answers for tasks in by_seed for kind, answers in tasks.items() if not is_harder(kind)])
+def right(rows: list[dict[str, Any]], wanted: Callable[[str], bool]) -> Answers:
+    """Which problems of the wanted kinds were answered right, by seed; seeds that were not asked are left out."""
+    answers = [
+        [answer for kind, every in (row.get("accuracy") or {}).items() if wanted(kind) for answer in every]
+        for row in rows
+    ]
+    return np.array([every for every in answers if every])
 
 
-def share(answers: list[list[int]]) -> str:
-    """The share of answers that are right, and its standard error; empty where there are none."""
-    right = [answer for part in answers for answer in part]
-    if not right:
+def share(answers: Answers) -> str:
+    """The share of answers that are right, and its standard error over problems; empty where there are none."""
+    if not answers.size:
         return ""
-    mean = float(np.mean(right))
-    return f"{mean:.3f} ± {(mean * (1 - mean) / len(right)) ** 0.5:.3f}"
+    by_problem = answers.mean(0)
+    return f"{by_problem.mean():.3f} ± {by_problem.std() / len(by_problem) ** 0.5:.3f}"
+
+
+def more(one: Answers, other: Answers) -> str:
+    """How many more of the problems `one` has right, and the 95 % interval, over seeds and problems drawn again."""
+    gained = one - other
+    seeds, problems = gained.shape
+    rng = np.random.default_rng(0)
+    drawn = [
+        gained[np.ix_(rng.integers(seeds, size=seeds), rng.integers(problems, size=problems))].mean()
+        for _ in range(DRAWS)
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return f"{gained.mean():.3f} ({low:.3f} to {high:.3f})"
 
 
 def interval(one: dict[int, Any], other: dict[int, Any]) -> str:
