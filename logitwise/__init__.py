@@ -7,15 +7,18 @@ if TYPE_CHECKING:
     from logitwise.errors import LogitwiseError
     from logitwise.pipeline import Result, quantize
     from logitwise.recipe import Recipe
+    from logitwise.refit import Refitted, refit
 
-__all__ = ["LogitwiseError", "Recipe", "Result", "export", "quantize"]
+__all__ = ["LogitwiseError", "Recipe", "Refitted", "Result", "export", "quantize", "refit"]
 
 _PLACES = {
     "LogitwiseError": "errors",
     "Recipe": "recipe",
+    "Refitted": "refit",
     "Result": "pipeline",
     "export": "convert",
     "quantize": "pipeline",
+    "refit": "refit",
 }
 
 
@@ -25,4 +28,6 @@ def __getattr__(name: str) -> Any:
 
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"logitwise.{_PLACES[name]}"), name)
+    found = getattr(import_module(f"logitwise.{_PLACES[name]}"), name)
+    globals()[name] = found  # else a module of that name (`refit`) would take its place once it is imported
+    return found

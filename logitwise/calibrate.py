@@ -10,10 +10,9 @@ import torch
 from logitwise.calibration import prepare, writes
 from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError
-from logitwise.preflight import Job
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder, chain
-from logitwise.skeleton import load_whole
+from logitwise.skeleton import Skeleton, load_whole
 from logitwise.watch import Watcher
 
 
@@ -33,9 +32,9 @@ class RunRows:
 
 
 def rows_of_run(
-    job: Job, recipe: Recipe, given: Rows | None, folder: RunFolder, root: str, watcher: Watcher
+    skeleton: Skeleton, recipe: Recipe, given: Rows | None, folder: RunFolder, root: str, watcher: Watcher
 ) -> RunRows:
-    """The rows given in Python, or those that the recipe names, from the run folder or made now.
+    """The rows given in Python, or those that the recipe names, from the run folder or made now by the model.
 
     Errors: CalibrationError.
     """
@@ -44,7 +43,7 @@ def rows_of_run(
         counts = {"rows": len(train), "held_out_rows": len(held), "counted_tokens": train.counted()}
         found = RunRows(train, held, counts)
     else:
-        found = _calibrate(job, recipe, folder, root, watcher)
+        found = _calibrate(skeleton, recipe, folder, root, watcher)
     watcher.say(
         f"calibration: {len(found.train)} rows of {found.train.ids.shape[1]} tokens, {found.train.counted():,} of them "
         f"to predict, and {len(found.held_out)} rows held out"
@@ -69,7 +68,7 @@ def split(rows: Rows, recipe: Recipe) -> tuple[Rows, Rows]:
     return train, held
 
 
-def _calibrate(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: Watcher) -> RunRows:
+def _calibrate(skeleton: Skeleton, recipe: Recipe, folder: RunFolder, root: str, watcher: Watcher) -> RunRows:
     most = max(recipe.most_rows, (recipe.polish and recipe.polish_rows) or 0)
     asked = recipe.model_dump(include={"calibration", "row_tokens", "seed", "temperature"})
     key = chain(root, most=most, held_out=recipe.held_out_rows, **asked)
@@ -80,8 +79,8 @@ def _calibrate(job: Job, recipe: Recipe, folder: RunFolder, root: str, watcher: 
         with watcher.stage(title, (most + recipe.held_out_rows) * recipe.row_tokens) as stage:
             made = prepare(
                 recipe.calibration,
-                job.source.tokenizer(),
-                lambda: load_whole(job.source, job.skeleton.device, job.skeleton.dtype),
+                skeleton.source.tokenizer(),
+                lambda: load_whole(skeleton.source, skeleton.device, skeleton.dtype),
                 rows=most,
                 held_out=recipe.held_out_rows,
                 row_tokens=recipe.row_tokens,

@@ -198,6 +198,74 @@ def export(
 
 
 @app.command()
+def refit(
+    checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint, made by any tool.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    original: Annotated[str, typer.Option(help="The model that it was quantized from: folder, .gguf or hub id.")],
+    final_blocks: Annotated[
+        str | None, typer.Option(help="Blocks at the end that are refitted together (1), or all.")
+    ] = None,
+    polish: Annotated[
+        bool | None, typer.Option("--polish/--no-polish", help="Tune the scales of all blocks afterwards.")
+    ] = None,
+    polish_steps: Annotated[int | None, typer.Option(help="Optimiser steps of the polish (60).")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="self, self:PROMPTS, server:URL, text:FILE, jsonl:FILE or hf:NAME.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Calibration rows (128).")] = None,
+    row_tokens: Annotated[int | None, typer.Option(help="Tokens a row (256).")] = None,
+    held_out: Annotated[int | None, typer.Option(help="Rows that choose the iterate and the verdict (32).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of the final blocks (100).")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows a step (4).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random (0).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A TOML file in place of the preset refit.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other recipe key, as key=value.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Reuse nothing of an earlier, interrupted run.")] = False,
+    keep_run: Annotated[bool, typer.Option("--keep-run", help="Leave OUT.run in place.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the written checkpoint back.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log: Log = None,
+) -> None:
+    """Make a quantized checkpoint of any tool better: same format, grid and size, other codes and scales."""
+    given = {
+        "final_blocks": final_blocks,
+        "polish": polish,
+        "polish_steps": polish_steps,
+        "calibration": calibration,
+        "rows": rows,
+        "row_tokens": row_tokens,
+        "held_out": held_out,
+        "steps": steps,
+        "batch": batch,
+        "seed": seed,
+        "device": device,
+    }
+    with _watching(quiet, verbose, log) as watcher:
+        from logitwise.recipe import Recipe, parse_settings
+        from logitwise.refit import refit as run
+        from logitwise.report.figures import show_refitted
+
+        changes = {name: value for name, value in given.items() if value is not None} | parse_settings(settings or [])
+        result = run(
+            checkpoint,
+            out,
+            original=original,
+            recipe=Recipe.load(recipe or "refit", **changes),
+            overwrite=overwrite,
+            fresh=fresh,
+            keep_run=keep_run,
+            revision=revision,
+            verify=not no_verify,
+            watcher=watcher,
+        )
+        show_refitted(Console(), result)
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, quantized or not.")],
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every tensor.")] = False,

@@ -10,9 +10,10 @@ import torch
 
 from logitwise.calibration import documents_of, separator_of
 from logitwise.calibration.rows import Rows, pack
-from logitwise.errors import CalibrationError, SourceError
+from logitwise.errors import CalibrationError
 from logitwise.machine import choose_machine, versions
 from logitwise.measure.likelihood import VERSION, Likelihood, as_json, likelihood, outputs
+from logitwise.pair import check_shapes
 from logitwise.recipe import Recipe
 from logitwise.skeleton import Skeleton
 from logitwise.source import QuantizedFolder, check_tokenizer, open_source
@@ -87,7 +88,7 @@ def evaluate(
     source = open_source(model)
     against = source if reference is None else open_source(reference)
     check_tokenizer(against)
-    _check_pair(source, against)
+    check_shapes(source, against)
     tokenizer = against.tokenizer()
     if text.partition(":")[0] == "self":
         raise CalibrationError("a model is not evaluated on its own text", "it was asked for", "give --text or --jsonl")
@@ -172,17 +173,6 @@ def inspect(model: str | Path) -> Contents:
     tensors.sort(key=lambda entry: [int(part) if part.isdigit() else part for part in entry[0].split(".")])
     report = read_report(Path(model)) if Path(model).is_dir() else None
     return Contents(size_of(source), in_words or "full precision", tensors, report)
-
-
-def _check_pair(model: Source, reference: Source) -> None:
-    present = set(model.names())
-    for name in reference.names():
-        if name not in present or model.shape(name) != reference.shape(name):
-            raise SourceError(
-                f"{model.name} is not a version of {reference.name}",
-                f"{name} is missing or has another shape",
-                "give the model that it was quantized from as --reference",
-            )
 
 
 def _no_model() -> Any:

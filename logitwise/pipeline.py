@@ -113,7 +113,7 @@ def quantize(
             folder.remove()
         settings = {name: job.choices[name].value for name in ("device", "compute_dtype")}
         root = chain("logitwise", model=job.digest, versions=versions(), numerics=NUMERICS, **settings)
-        data = rows_of_run(job, recipe, rows, folder, root, watcher) if reads else None
+        data = rows_of_run(job.skeleton, recipe, rows, folder, root, watcher) if reads else None
         recipe, allocation = with_bits(job, recipe, data, folder, root, watcher) if data else (recipe, None)
         job, root, rewritten = rewritten_job(job, recipe, data, folder, root, watcher)
         if fits and data:

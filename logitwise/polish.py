@@ -7,7 +7,7 @@ the full-precision model's distribution. How it goes backward through all blocks
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ class Polished:
 
     Args:
         scales: by slot's name, [out, groups], in their stored type.
+        minima: the same of grids that have float minima, each changed by the factor of its scale.
         vectors: norms and biases by name, in the type the source keeps them in.
         losses: the training loss of every step.
         held_out: (step, held-out KL), in order; step 0 is the model as it came.
@@ -44,12 +45,17 @@ class Polished:
     """
 
     scales: dict[str, Tensor]
+    minima: dict[str, Tensor]
     vectors: dict[str, Tensor]
     losses: list[float]
     held_out: list[tuple[int, float]]
     kept: int
     tokens: int
     flat: int | None
+
+    def of(self, name: str, quantized: Quantized) -> Quantized:
+        """What is stored for a slot, with the scales that were learned."""
+        return replace(quantized, scale=self.scales[name], minimum=self.minima.get(name))
 
 
 @dataclass
@@ -73,11 +79,12 @@ class Polish:
     """A quantized model whose scales and vectors are learned.
 
     Args:
-        skeleton: the model.
+        skeleton: the model, with what stays in full precision.
         recipe: how.
         rows: the rows to learn from, then those held out; `held_out` of the latter.
         quantized: what is stored for a slot.
         kept: slots that stay in full precision.
+        teacher: the full-precision model, where it is another than the one whose vectors are learned.
     """
 
     def __init__(
@@ -88,13 +95,15 @@ class Polish:
         held_out: int,
         quantized: Callable[[Slot], Quantized],
         kept: Callable[[Slot], bool],
+        teacher: Skeleton | None = None,
     ) -> None:
         self.skeleton, self.recipe, self.held_out, self.rows = skeleton, recipe, held_out, rows
-        self.quantized, self.kept = quantized, kept
+        self.quantized, self.kept, self.teacher = quantized, kept, teacher or skeleton
         self.stored = skeleton.source.dtype
         self.resident = self._fits()
         self.blocks = [self._open(block) for block in range(len(skeleton))]
         self.head = skeleton.head()
+        self.teacher_head = self.head if teacher is None else teacher.head()
         # Copies: the teacher goes on through the head as it is.
         self.after = [
             {key: nn.Parameter(p.float().clone()) for key, p in module.named_parameters() if p.dim() == 1}
@@ -143,9 +152,12 @@ class Polish:
         for key, vector in block.vectors.items():
             weights[key] = store_through(vector, self.stored).to(dtype)
         for slot, q in frozen.codes.items():
-            scale = scale_of(q, block.log_factors[slot])
+            scale = scaled(q.scale, block.log_factors[slot])
             codes = split(q.codes.float(), scale.shape[1]) - q.zero.float().unsqueeze(-1)
-            weights[slot.key] = slot.put(merge(scale.unsqueeze(-1) * codes).to(dtype))
+            weight = scale.unsqueeze(-1) * codes
+            if q.minimum is not None:
+                weight = weight + scaled(q.minimum, block.log_factors[slot]).unsqueeze(-1)
+            weights[slot.key] = slot.put(merge(weight).to(dtype))
         return weights
 
     def _normed(self, hidden: Tensor) -> Tensor:
@@ -204,17 +216,16 @@ class Polish:
             schedule,
             stage,
         )
-        scales, vectors = self._outcome()
-        return Polished(scales, vectors, course.losses, course.held_out, course.kept, int(tokens), course.flat)
+        return Polished(*self._outcome(), course.losses, course.held_out, course.kept, int(tokens), course.flat)
 
     @torch.no_grad()
     def _pass(self, rows: Rows, calls: list[Call], held_out: int = 0) -> Data:
         """Rows embedded, and through the full-precision model."""
         device, at_once = self.skeleton.device, self.skeleton.rows_at_once(self.recipe.batch, rows.ids.shape[1])
         inputs = self.skeleton.embed(rows.ids, batch=at_once)
-        hidden = inputs.clone()
+        hidden = inputs.clone() if self.teacher is self.skeleton else self.teacher.embed(rows.ids, batch=at_once)
         for block, call in enumerate(calls):
-            self.skeleton.advance(block, self.skeleton.load_block(block), hidden, call, at_once)
+            self.teacher.advance(block, self.teacher.load_block(block), hidden, call, at_once)
         weights, following = rows.weights.to(device), rows.following.to(device)
         return Data(inputs, hidden, weights, following, len(rows) - held_out, held_out)
 
@@ -223,7 +234,7 @@ class Polish:
         top, weights = learnable(data.inputs[rows]), data.weights[rows]
         counted = weights > 0
         with torch.no_grad():
-            target = self.head.hidden(data.targets[rows][counted])
+            target = self.teacher_head.hidden(data.targets[rows][counted])
         loss = soft_cross_entropy(self._normed(top[counted]), target, weights[counted], self.head).cross_entropy
         loss.backward()
         return loss
@@ -248,26 +259,29 @@ class Polish:
             self.skeleton.advance(block, self._weights(block), hidden, call, self.recipe.batch)
         counted = weights > 0
         unused = torch.zeros(int(counted.sum()), dtype=torch.int64, device=hidden.device)
-        student, target = self._normed(hidden[counted]), self.head.hidden(data.targets[held][counted])
-        found = compare(student, self.head, target, self.head, unused)
+        student, target = self._normed(hidden[counted]), self.teacher_head.hidden(data.targets[held][counted])
+        found = compare(student, self.head, target, self.teacher_head, unused)
         shares = weights[counted].double().cpu()
         return float((found.kl * shares).sum() / shares.sum())
 
     @torch.no_grad()
-    def _outcome(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Scales and vectors as they are stored."""
+    def _outcome(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Scales, minima and vectors as they are stored."""
         scales: dict[str, Tensor] = {}
+        minima: dict[str, Tensor] = {}
         vectors: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
             for slot, factor in block.log_factors.items():
                 q = self.quantized(slot).to(factor.device)
-                scales[slot.name] = scale_of(q, factor).to(q.grid.scale_dtype)
+                scales[slot.name] = scaled(q.scale, factor).to(q.grid.scale_dtype)
+                if q.minimum is not None:
+                    minima[slot.name] = scaled(q.minimum, factor).to(q.grid.scale_dtype)
             for key, vector in block.vectors.items():
                 vectors[f"{self.skeleton.blocks_name}.{index}.{key}"] = vector.to(self.stored)
         for name, own in zip(self.head.after_names, self.after, strict=True):
             for key, vector in own.items():
                 vectors[f"{name}.{key}"] = vector.to(self.stored)
-        return scales, vectors
+        return scales, minima, vectors
 
 
 def _refuse_not_a_number(parameters: list[tuple[str, nn.Parameter]]) -> None:
@@ -279,6 +293,6 @@ def _refuse_not_a_number(parameters: list[tuple[str, nn.Parameter]]) -> None:
         )
 
 
-def scale_of(q: Quantized, log_factor: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups"]:
-    """A slot's scale, multiplied by the exponential of what is learned and rounded to its stored type."""
-    return store_through(q.scale.float() * log_factor.exp(), q.grid.scale_dtype)
+def scaled(x: Float[Tensor, "out groups"], log_factor: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups"]:
+    """Scales or minima, multiplied by the exponential of what is learned and rounded to their stored type."""
+    return store_through(x.float() * log_factor.exp(), x.dtype)

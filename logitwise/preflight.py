@@ -88,7 +88,7 @@ def check(
     _check_names(recipe)
     _check_roles(recipe)
     _check_read(recipe)
-    _check_settings(recipe)
+    check_settings(recipe)
     if reads_text:
         check_spec(recipe.calibration)
     choices = choose_machine(recipe)
@@ -203,7 +203,11 @@ def _check_read(recipe: Recipe) -> None:
                 )
 
 
-def _check_settings(recipe: Recipe) -> None:
+def check_settings(recipe: Recipe) -> None:
+    """Refuses settings that the objective does not have, or not with such values.
+
+    Errors: RecipeError.
+    """
     objective = OBJECTIVES[recipe.objective]
     known = {field.name: field.default for field in fields(objective)}  # type: ignore[arg-type]
     for setting in recipe.objective_settings:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
 
-PRESETS = ("quick", "standard", "best", "whole", "demo")
+PRESETS = ("quick", "standard", "best", "whole", "demo", "refit")
 
 FALLS_WITH = {
     "method": ("learning", "learning_last", "stages"),

@@ -22,6 +22,9 @@ from logitwise.grid import Grid, Quantized
 from logitwise.polish import Polished
 from logitwise.source.rewritten import Changes
 
+PARTS = ("codes", "scale", "zero", "minimum")
+"""What is stored of a quantized weight, the last where its grid has it."""
+
 POLISH_FIGURES = ("losses", "held_out", "kept", "tokens", "flat")
 """What the record of a polish holds."""
 
@@ -56,7 +59,7 @@ class RunFolder:
         """A finished window: its slots by name, its figures, and what was learned where a later fit starts from it."""
         tensors: dict[str, Tensor] = {}
         for name, q in quantized.items():
-            tensors |= {f"{name}:codes": q.codes, f"{name}:scale": q.scale, f"{name}:zero": q.zero}
+            tensors |= {f"{name}:{part}": tensor for part, tensor in zip(PARTS, q.parts(), strict=False)}
         for name, parts in (state or {}).items():
             tensors |= {f"{name}:state:{part}": tensor for part, tensor in parts.items()}
         self._write(key, tensors, record)
@@ -80,26 +83,27 @@ class RunFolder:
     def load(self, key: str, grid: Grid, name: str) -> Quantized:
         """One slot of a finished window."""
         with safe_open(self.path / f"{key}.safetensors", framework="pt") as file:
+            stored = PARTS if grid.minimum else PARTS[:-1]
             # Copies: a tensor that is kept would keep the whole file mapped.
-            codes, scale, zero = (file.get_tensor(f"{name}:{part}").clone() for part in ("codes", "scale", "zero"))
-        return Quantized(codes, scale, zero, grid)
+            codes, scale, zero, *minimum = (file.get_tensor(f"{name}:{part}").clone() for part in stored)
+        return Quantized(codes, scale, zero, grid, *minimum)
 
     def save_polished(self, key: str, polished: Polished) -> None:
         """A finished polish."""
-        tensors = {f"scale:{name}": scale for name, scale in polished.scales.items()}
-        tensors |= {f"vector:{name}": vector for name, vector in polished.vectors.items()}
+        kinds = {"scale": polished.scales, "minimum": polished.minima, "vector": polished.vectors}
+        tensors = {f"{kind}:{name}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
         self._write(key, tensors, {name: getattr(polished, name) for name in POLISH_FIGURES})
 
     def load_polished(self, key: str) -> Polished:
         """A finished polish."""
-        parts: dict[str, dict[str, Tensor]] = {"scale": {}, "vector": {}}
+        parts: dict[str, dict[str, Tensor]] = {"scale": {}, "minimum": {}, "vector": {}}
         for name, tensor in load_file(self.path / f"{key}.safetensors").items():
             kind, _, rest = name.partition(":")
             parts[kind][rest] = tensor
         record = self.record(key)
         held_out = [(step, kl) for step, kl in record["held_out"]]
         figures = {name: record[name] for name in POLISH_FIGURES} | {"held_out": held_out}
-        return Polished(parts["scale"], parts["vector"], **figures)
+        return Polished(parts["scale"], parts["minimum"], parts["vector"], **figures)
 
     def save_changes(self, key: str, changes: Changes, record: dict[str, Any]) -> None:
         """What finished rewrites changed."""

@@ -4,8 +4,8 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from logitwise.errors import MachineError
 from logitwise.formats import Format
-from logitwise.formats.checkpoint import staged, write_checkpoint, write_config, write_json
+from logitwise.formats.checkpoint import replace_tensors, staged, write_checkpoint, write_config, write_json
 from logitwise.grid import Grid, Quantized
 from logitwise.modelcard import model_card
 from logitwise.polish import Polished
@@ -58,7 +58,7 @@ def write(
         for fate in job.fates:
             if fate.tensor in slots:
                 quantized = codes(slots[fate.tensor])
-                yield fate.tensor, replace(quantized, scale=polished.scales[fate.tensor]) if polished else quantized
+                yield fate.tensor, polished.of(fate.tensor, quantized) if polished else quantized
             elif fate.fate == "kept":
                 tuned = polished.vectors if polished else {}
                 yield fate.tensor, tuned[fate.tensor] if fate.tensor in tuned else rewritten.read(fate.tensor)
@@ -130,6 +130,31 @@ def write_tensors(
 
     size = write_checkpoint(staging, tensors(), written_for=form.written_for)
     return Written(size, bits, digests)
+
+
+def write_changed(
+    staging: Path, source: QuantizedFolder, changed: Mapping[str, Tensor | Quantized], verify: bool, watcher: Watcher
+) -> Written:
+    """Writes a checkpoint once more with the content of some parameters changed; every other byte is as it was.
+
+    Errors: FormatError, naming the tensor, where what is to be written is of another type or shape than what is there.
+    """
+    tensors: dict[str, Tensor] = {}
+    bits = 0
+    for name, content in changed.items():
+        stored = source.place(name)
+        if isinstance(content, Quantized):
+            tensors |= source.format.tensors(stored.removesuffix(".weight"), content)
+            bits += source.format.bits_stored(content.grid, *content.codes.shape)
+        else:
+            tensors[stored] = content
+    files = sorted(file for file in source.folder.iterdir() if file.is_file())
+    with watcher.stage("Writing the checkpoint", len(files)) as stage:
+        for file in files:
+            replace_tensors(file, staging / file.name, tensors)
+            stage.advance()
+    size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
+    return Written(size, bits, {name: _digest(content) for name, content in changed.items()} if verify else {})
 
 
 def read_back(staging: Path, written: Written, watcher: Watcher) -> None:

@@ -175,7 +175,14 @@ def test_flat_is_less_than_a_hundredth_in_two_values() -> None:
 
 def test_a_polish_is_kept_in_the_run_folder(tmp_path: Path) -> None:
     polished = Polished(
-        {"a": torch.ones(2, 1).half()}, {"b": torch.zeros(3)}, [1.0, 0.5], [(0, 0.3), (2, 0.2)], 2, 9, None
+        {"a": torch.ones(2, 1).half()},
+        {"a": torch.ones(2, 1)},
+        {"b": torch.zeros(3)},
+        [1.0, 0.5],
+        [(0, 0.3), (2, 0.2)],
+        2,
+        9,
+        None,
     )
     folder = RunFolder(tmp_path / "run")
     folder.save_polished("key", polished)
@@ -184,4 +191,5 @@ def test_a_polish_is_kept_in_the_run_folder(tmp_path: Path) -> None:
     assert again.held_out == [(0, 0.3), (2, 0.2)]
     assert again.kept == 2
     assert torch.equal(again.scales["a"], polished.scales["a"])
+    assert torch.equal(again.minima["a"], polished.minima["a"])
     assert torch.equal(again.vectors["b"], polished.vectors["b"])

@@ -3,18 +3,18 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from logitwise.errors import MachineError, OutputError
+from logitwise.errors import FormatError, MachineError, OutputError
 
 
 def write_checkpoint(
@@ -56,6 +56,34 @@ def write_checkpoint(
     if held or not shards:
         close_shard()
     return _name_shards(folder, shards, places, total)
+
+
+def replace_tensors(file: Path, out: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Copies a file; if it is one of safetensors that holds some of these, with these in their place.
+
+    Errors: FormatError, naming the tensor, where it has another type or shape than what it replaces. MachineError where
+    the file cannot be written.
+    """
+    with _writing(out):
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, out)
+            return
+        with safe_open(file, framework="pt") as opened:
+            names, metadata = set(opened.keys()), opened.metadata()
+        if not names & tensors.keys():
+            shutil.copyfile(file, out)
+            return
+        held = load_file(file)
+        for name in names & tensors.keys():
+            new, old = tensors[name].detach().cpu().contiguous(), held[name]
+            if new.dtype != old.dtype or new.shape != old.shape:
+                raise FormatError(
+                    f"{name} would change its kind",
+                    f"it is {old.dtype} {list(old.shape)} and would be {new.dtype} {list(new.shape)}",
+                    "report it as a bug",
+                )
+            held[name] = new
+        save_file(held, out, metadata)
 
 
 def _name_shards(folder: Path, shards: list[Path], places: dict[str, int], total: int) -> int:

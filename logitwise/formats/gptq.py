@@ -107,8 +107,8 @@ class Gptq(Format):
     def _laid_out(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """The four tensors of a layer."""
         grid, in_features = quantized.grid, quantized.codes.shape[1]
-        # A symmetric zero point is never 0, so v1's z - 1 does not wrap.
-        zero = quantized.zero - 1 if grid.symmetric else quantized.zero
+        # v1's z - 1 does not wrap: a symmetric zero point is never 0, nor one that was read from v1.
+        zero = quantized.zero - 1 if self._label(grid) == V1 else quantized.zero
         return {
             f"{prefix}.qweight": pack_codes(quantized.codes, grid.bits).T.contiguous(),
             f"{prefix}.qzeros": pack_codes(zero.T, grid.bits),
@@ -188,9 +188,13 @@ class Gptq(Format):
         zero = self._zero_points(f"{prefix}.qzeros", unpack_codes(stored, grid.bits, out_features), grid)
         return Quantized(codes, scale.T.contiguous(), zero.T.contiguous(), grid)
 
+    def _label(self, grid: Grid) -> str:
+        """How zero points are stored."""
+        return self.checkpoint_format or (V1 if grid.symmetric else V2)
+
     def _zero_points(self, name: str, stored: Tensor, grid: Grid) -> Tensor:
         """What stored zero points stand for."""
-        label = self.checkpoint_format or (V1 if grid.symmetric else V2)
+        label = self._label(grid)
         if label == V1 and bool((stored == grid.levels).any()):
             why = f"v1 stores z - 1, and for {grid.levels} readers disagree whether z is 0 or {grid.levels + 1}"
             raise refusal(name, f"a zero point is out of range: {why}")

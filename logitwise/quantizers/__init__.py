@@ -7,6 +7,7 @@ from logitwise.quantizers.gsq import GumbelSoftmax
 from logitwise.quantizers.informed import INFORMED, InformedStart
 from logitwise.quantizers.lrq import LowRank
 from logitwise.quantizers.lwc import LearnableClipping
+from logitwise.quantizers.reopened import Reopened
 from logitwise.quantizers.rtn import RoundToNearest
 from logitwise.quantizers.signround import SignRound
 from logitwise.quantizers.starts import STARTS, Start
@@ -21,4 +22,4 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "signround": SignRound,
 }
 
-__all__ = ["INFORMED", "QUANTIZERS", "STARTS", "InformedStart", "Quantizer", "Role", "Start"]
+__all__ = ["INFORMED", "QUANTIZERS", "STARTS", "InformedStart", "Quantizer", "Reopened", "Role", "Start"]

@@ -12,6 +12,7 @@ from logitwise.evaluation import Contents, Evaluation, Size
 from logitwise.formats import FORMATS
 from logitwise.measure.likelihood import Figure, Likelihood, kl_difference
 from logitwise.pipeline import Result
+from logitwise.refit import Refitted
 from logitwise.report.terminal import table
 
 COLUMNS = ("model", "MB", "bits/w", "bits/p", "perplexity", "KL", "top-1")
@@ -68,6 +69,20 @@ def show_exported(console: Console, found: Exported) -> None:
     console.print(
         f"[bold]{escape(str(found.out))}[/]: {_megabytes(found.size_bytes)}, {found.layers} layers in {found.format}"
     )
+
+
+def show_refitted(console: Console, found: Refitted) -> None:
+    """What `refit` came to."""
+    rows = [["before", *_figures(found.before)], ["after", *_figures(found.after)]]
+    table(console, ("checkpoint", "perplexity", "KL", "top-1"), rows)
+    console.print(
+        f"{found.before.tokens:,} held-out tokens; KL: to the original, nats a token; ± one standard error over rows",
+        style="dim",
+        highlight=False,
+    )
+    share = found.less.mean / found.before.kl.mean
+    console.print(f"KL is lower by {found.less.mean:.4f} ± {found.less.error:.4f} ({share:.0%}), row by row")
+    console.print(f"[bold]{escape(str(found.out))}[/]: {found.changed} tensors changed, all others as they were")
 
 
 def show_demo(console: Console, found: Demo) -> None:

@@ -32,6 +32,10 @@ class QuantizedFolder(FolderSource):
         """How the weights are quantized, as config.json says."""
         return dict(getattr(self.config, self.format.config_keys[0]))
 
+    def place(self, name: str) -> str:
+        """Under which name a parameter would be in the files if it were in full precision."""
+        return self._places[name]
+
     def read(self, name: str) -> Tensor:
         """A quantized weight dequantized in float32, any other tensor as it is stored."""
         quantized = self.quantized(name)
