@@ -15,7 +15,7 @@ from logitwise.machine import choose_machine, versions
 from logitwise.measure.likelihood import VERSION, Likelihood, as_json, likelihood, outputs
 from logitwise.recipe import Recipe
 from logitwise.skeleton import Skeleton
-from logitwise.source import QuantizedFolder, check_tokenizer, open_source
+from logitwise.source import QuantizedSource, check_tokenizer, open_source
 from logitwise.source.base import Source
 from logitwise.watch import SILENT, Watcher
 from logitwise.writing import read_report
@@ -131,7 +131,7 @@ def size_of(source: Source) -> Size:
     parameters = bits = weights = 0
     for name in source.names():
         parameters += torch.Size(source.shape(name)).numel()
-        if isinstance(source, QuantizedFolder) and (quantized := source.quantized(name)) is not None:
+        if isinstance(source, QuantizedSource) and (quantized := source.quantized(name)) is not None:
             bits += source.format.bits_stored(quantized.grid, *quantized.codes.shape)
             weights += quantized.codes.numel()
     return Size(source.size_bytes, bits / weights if weights else None, 8 * source.size_bytes / parameters)
@@ -163,7 +163,7 @@ def inspect(model: str | Path) -> Contents:
     tensors: list[tuple[str, tuple[int, ...], str]] = []
     grids: Counter[str] = Counter()
     for name in source.names():
-        grid = source.grid(name) if isinstance(source, QuantizedFolder) else None
+        grid = source.grid(name) if isinstance(source, QuantizedSource) else None
         grids += Counter([str(grid)] if grid else [])
         stored = f"{grid.bits} bits" if grid else str(source.dtype).removeprefix("torch.")
         tensors.append((name, source.shape(name), stored))

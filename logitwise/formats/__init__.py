@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from logitwise.errors import FormatError
 from logitwise.formats.awq import Awq
-from logitwise.formats.base import Format
+from logitwise.formats.base import Described, Format
 from logitwise.formats.compressed_tensors import CompressedTensors
 from logitwise.formats.gptq import Gptq
 from logitwise.formats.mlx import Mlx
@@ -26,4 +26,4 @@ def choose(grids: Collection[Grid]) -> tuple[Format, str]:
     return chosen, chosen.loaders(grids)
 
 
-__all__ = ["FORMATS", "Awq", "CompressedTensors", "Format", "Gptq", "Mlx", "choose"]
+__all__ = ["FORMATS", "Awq", "CompressedTensors", "Described", "Format", "Gptq", "Mlx", "choose"]

@@ -3,14 +3,23 @@
 from pathlib import Path
 
 from logitwise.errors import SourceError
-from logitwise.source.base import Source
+from logitwise.source.base import QuantizedSource, Source
 from logitwise.source.check import check_tokenizer, check_weights
 from logitwise.source.folder import FolderSource
 from logitwise.source.gguf import GgufSource
 from logitwise.source.hub import fetch
 from logitwise.source.quantized import QuantizedFolder, open_folder
 
-__all__ = ["FolderSource", "GgufSource", "QuantizedFolder", "Source", "check_tokenizer", "check_weights", "open_source"]
+__all__ = [
+    "FolderSource",
+    "GgufSource",
+    "QuantizedFolder",
+    "QuantizedSource",
+    "Source",
+    "check_tokenizer",
+    "check_weights",
+    "open_source",
+]
 
 
 def open_source(model: str | Path, revision: str | None = None, endpoint: str | None = None) -> Source:

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from logitwise.formats import Format
+from logitwise.grid import Grid, Quantized
+
 
 class Source(ABC):
     """A model on disk, read one tensor at a time.
@@ -51,3 +54,24 @@ class Source(ABC):
     @abstractmethod
     def size_bytes(self) -> int:
         """What the weights take on disk, in bytes."""
+
+
+class QuantizedSource(Source):
+    """A model whose weights are quantized already.
+
+    `read` gives quantized weights dequantized in float32 and every other tensor in the type of its file, so that
+    the model is evaluated as it is stored when it is computed in float32.
+    """
+
+    format: Format
+
+    @abstractmethod
+    def quantized(self, name: str) -> Quantized | None:
+        """The codes, scales and zero points of a weight; None where it is kept in full precision.
+
+        Errors: FormatError, naming the tensor that does not fit the format.
+        """
+
+    @abstractmethod
+    def grid(self, name: str) -> Grid | None:
+        """The grid of a weight; None where it is kept in full precision."""

@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from logitwise.errors import SourceError
-from logitwise.formats import FORMATS, Format
+from logitwise.formats import FORMATS
+from logitwise.formats.safetensors import SafetensorsFormat
 from logitwise.grid import Grid, Quantized
+from logitwise.source.base import QuantizedSource
 from logitwise.source.folder import FolderSource, read_config
 from logitwise.source.shards import DTYPES
 
+IN_CONFIG = {name: form for name, form in FORMATS.items() if isinstance(form, SafetensorsFormat)}
+"""The formats that config.json speaks of."""
 
-class QuantizedFolder(FolderSource):
-    """A quantized checkpoint.
 
-    `read` gives quantized weights dequantized in float32 and every other tensor in the type of its file, so that
-    the model is evaluated as it is stored when it is computed in float32.
+class QuantizedFolder(FolderSource, QuantizedSource):
+    """A quantized checkpoint in safetensors files.
 
     Args:
         folder: where config.json and the safetensors files are.
@@ -26,6 +28,8 @@ class QuantizedFolder(FolderSource):
 
     Errors: SourceError as for any folder, or where the method is not read yet; FormatError for its config or tensors.
     """
+
+    format: SafetensorsFormat
 
     @property
     def quantization_config(self) -> dict[str, Any]:
@@ -38,16 +42,11 @@ class QuantizedFolder(FolderSource):
         return self.raw(self._places[name]) if quantized is None else quantized.dequantize()
 
     def quantized(self, name: str) -> Quantized | None:
-        """The codes, scales and zero points of a weight; None where it is kept in full precision.
-
-        Errors: FormatError, naming the tensor that does not fit the format.
-        """
         prefix = self._places[name].removesuffix(".weight")
         tensors = {stored: self.raw(stored) for stored in self._tensors_of.get(prefix, [])}
         return self.format.read(prefix, tensors, self.grid_of(prefix)) if tensors else None
 
     def grid(self, name: str) -> Grid | None:
-        """The grid of a weight; None where it is kept in full precision."""
         prefix = self._places[name].removesuffix(".weight")
         if self.format.holds_minima:  # not told by the config, but by what is stored
             return None if (quantized := self.quantized(name)) is None else quantized.grid
@@ -66,12 +65,12 @@ class QuantizedFolder(FolderSource):
                 shapes[f"{prefix}.weight"] = self._shape_of(prefix)
         return shapes
 
-    def _find_format(self) -> Format:
+    def _find_format(self) -> SafetensorsFormat:
         """The format with a key of its own in config.json, else the one that `quant_method` names.
 
         Errors: SourceError where no format reads the method, or two keys that should agree do not.
         """
-        for form in FORMATS.values():
+        for form in IN_CONFIG.values():
             first, *others = form.config_keys
             said = getattr(self.config, first, None)
             if said is None:
@@ -89,11 +88,11 @@ class QuantizedFolder(FolderSource):
                 )
             return form
         method = self.config.quantization_config.get("quant_method")
-        named = {name: form for name, form in FORMATS.items() if form.config_keys[0] == "quantization_config"}
+        named = {name: form for name, form in IN_CONFIG.items() if form.config_keys[0] == "quantization_config"}
         if method not in named:
             raise SourceError(
                 f"{self.folder} is quantized by {method}",
-                f"that method is not read yet; those that are: {', '.join(FORMATS)}",
+                f"that method is not read yet; those that are: {', '.join(IN_CONFIG)}",
                 "give the model it was quantized from, in full precision",
             )
         return named[method].described_by(self.config.quantization_config)
@@ -130,6 +129,6 @@ def open_folder(folder: Path, name: str | None = None) -> FolderSource:
     Errors: SourceError, naming the file, tensor or method.
     """
     config = read_config(folder)
-    keys = {key for form in FORMATS.values() for key in form.config_keys}
+    keys = {key for form in IN_CONFIG.values() for key in form.config_keys}
     quantized = any(getattr(config, key, None) is not None for key in keys)
     return QuantizedFolder(folder, name) if quantized else FolderSource(folder, name)
