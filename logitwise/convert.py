@@ -1,7 +1,7 @@
 """`export`: a quantized checkpoint in another format, without a weight changed, or a refusal that names what fits."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from logitwise.grid import Grid, Quantized
 from logitwise.modelcard import model_card
 from logitwise.preflight import describe
 from logitwise.skeleton import Skeleton, Slot
-from logitwise.source import QuantizedSource, open_source
+from logitwise.source import QuantizedSource, open_stored
 from logitwise.watch import SILENT, Watcher
 from logitwise.writing import Written, read_back, read_report, write_model_files, write_tensors
 
@@ -49,7 +49,7 @@ def export(
     """Writes a quantized checkpoint in another format: the same codes, scales and zero points.
 
     Args:
-        checkpoint: a folder in any format that is read.
+        checkpoint: a folder in any format that is read, or a .gguf file.
         out: the folder to write; it appears only when complete.
         format: compressed-tensors or another of `FORMATS`.
         overwrite: replace what OUT holds.
@@ -65,7 +65,7 @@ def export(
         raise FormatError(
             f"there is no format {format}", f"those there are: {', '.join(FORMATS)}", "choose one of them"
         )
-    source = open_source(checkpoint)
+    source = open_stored(checkpoint)
     if not isinstance(source, QuantizedSource):
         raise SourceError(
             f"{checkpoint} is not quantized", "its weights are in full precision", "quantize it, with --format"
@@ -78,7 +78,10 @@ def export(
         raise FormatError(
             f"{outside[0]} is quantized", "layers outside of the blocks are not converted yet", "quantize it anew"
         )
+    report = read_report(Path(checkpoint)) if Path(checkpoint).is_dir() else None
     form, model = FORMATS[format], describe(source, skeleton)
+    if report is not None:
+        model = replace(model, name=report["model"]["name"])
     if (reason := _refusal(form, model, grids)) is not None:
         fits = [name for name, other in FORMATS.items() if _refusal(other, model, grids) is None]
         remedy = f"choose one that does: {', '.join(fits)}" if fits else "no format here does"
@@ -93,7 +96,7 @@ def export(
         own = {slot.module: grid for slot, grid in grids.items()}
         written = write_tensors(staging, contents(), form, model, own, len(source.names()), verify, watcher)
         write_model_files(staging, source, skeleton)
-        if (report := read_report(Path(checkpoint)) if Path(checkpoint).is_dir() else None) is not None:
+        if report is not None:
             weights = sum(slot.out_features * slot.in_features for slot in grids)
             report = _report(report, form, set(grids.values()), weights, written)
             write_json(staging / "logitwise.json", report)

@@ -15,7 +15,7 @@ from logitwise.machine import choose_machine, versions
 from logitwise.measure.likelihood import VERSION, Likelihood, as_json, likelihood, outputs
 from logitwise.recipe import Recipe
 from logitwise.skeleton import Skeleton
-from logitwise.source import QuantizedSource, check_tokenizer, open_source
+from logitwise.source import QuantizedSource, check_tokenizer, open_source, open_stored
 from logitwise.source.base import Source
 from logitwise.watch import SILENT, Watcher
 from logitwise.writing import read_report
@@ -84,7 +84,7 @@ def evaluate(
     Errors: InputError.
     """
     device = choose_machine(Recipe.load(None, device=device))["device"].value
-    source = open_source(model)
+    source = open_stored(model)
     against = source if reference is None else open_source(reference)
     check_tokenizer(against)
     _check_pair(source, against)
@@ -131,9 +131,9 @@ def size_of(source: Source) -> Size:
     parameters = bits = weights = 0
     for name in source.names():
         parameters += torch.Size(source.shape(name)).numel()
-        if isinstance(source, QuantizedSource) and (quantized := source.quantized(name)) is not None:
-            bits += source.format.bits_stored(quantized.grid, *quantized.codes.shape)
-            weights += quantized.codes.numel()
+        if isinstance(source, QuantizedSource) and (stored := source.bits_stored(name)) is not None:
+            bits += stored
+            weights += torch.Size(source.shape(name)).numel()
     return Size(source.size_bytes, bits / weights if weights else None, 8 * source.size_bytes / parameters)
 
 
@@ -159,7 +159,7 @@ def inspect(model: str | Path) -> Contents:
 
     Errors: InputError.
     """
-    source = open_source(model)
+    source = open_stored(model)
     tensors: list[tuple[str, tuple[int, ...], str]] = []
     grids: Counter[str] = Counter()
     for name in source.names():

@@ -38,7 +38,7 @@ def write_checkpoint(
 
     def close_shard() -> None:
         path = folder / f"shard-{len(shards)}.safetensors"
-        with _writing(path):
+        with writing(path):
             save_file(held, path, metadata={"format": written_for})
         shards.append(path)
         held.clear()
@@ -76,12 +76,13 @@ def write_json(path: Path, value: object) -> None:
 
     Errors: MachineError where the file cannot be written.
     """
-    with _writing(path):
+    with writing(path):
         path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file is written into a MachineError that names it."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -75,3 +75,8 @@ class QuantizedSource(Source):
     @abstractmethod
     def grid(self, name: str) -> Grid | None:
         """The grid of a weight; None where it is kept in full precision."""
+
+    def bits_stored(self, name: str) -> int | None:
+        """Bits that a quantized weight takes, scales and zero points included; None where it is in full precision."""
+        quantized = self.quantized(name)
+        return None if quantized is None else self.format.bits_stored(quantized.grid, *quantized.codes.shape)

@@ -1,4 +1,4 @@
-"""A folder whose weights are already quantized, read through the format that wrote them."""
+"""Models whose weights are already quantized, read through the format that wrote them: a folder or a .gguf file."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,10 +9,14 @@ from torch import Tensor
 
 from logitwise.errors import SourceError
 from logitwise.formats import FORMATS
+from logitwise.formats.checks import refusal
+from logitwise.formats.gguf import TYPES
+from logitwise.formats.gguf_file import ARCHITECTURES, FLOATS
 from logitwise.formats.safetensors import SafetensorsFormat
 from logitwise.grid import Grid, Quantized
-from logitwise.source.base import QuantizedSource
+from logitwise.source.base import QuantizedSource, Source
 from logitwise.source.folder import FolderSource, read_config
+from logitwise.source.gguf import GgufSource, holds_codes
 from logitwise.source.shards import DTYPES
 
 IN_CONFIG = {name: form for name, form in FORMATS.items() if isinstance(form, SafetensorsFormat)}
@@ -123,11 +127,84 @@ class QuantizedFolder(FolderSource, QuantizedSource):
         return self.format.shape(prefix, shapes, self.raw, self.grid_of(prefix))
 
 
-def open_folder(folder: Path, name: str | None = None) -> FolderSource:
-    """The model in a folder, in full precision or quantized, as its config says.
+class QuantizedGguf(GgufSource, QuantizedSource):
+    """A .gguf file with quantized weights, as it is stored: nothing is rounded.
+
+    Args:
+        file: the file.
+
+    Errors: as any .gguf file; FormatError, too, where it holds tensors that the model has no place for.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
+        self.format = FORMATS["gguf"]
+        if self.unused:
+            raise refusal(self.unused[0], f"{file.name} is a {self.config.model_type}, which has no place for it")
+        floats = [kind for name in self.names() if (kind := self._float_of(name)) and len(self.shape(name)) > 1]
+        self.dtype = self.config.dtype = max(sorted(set(floats), key=str), key=floats.count, default=torch.float16)
+
+    def read(self, name: str) -> Tensor:
+        """A quantized weight of any type dequantized in float32; any other tensor as it is stored."""
+        tensor = self._loaded(name, self._dequantize)
+        self._layout.check_shape(name, tuple(tensor.shape), self.file.name)
+        return tensor.to(self._float_of(name) or torch.float32)
+
+    def quantized(self, name: str) -> Quantized | None:
+        """The codes, scales and zero points or minima of a weight, as its type has them."""
+        grid = self.grid(name)
+        if grid is None:
+            return None
+        prefix, blocks = name.removesuffix(".weight"), self._loaded(name, self._bytes)
+        quantized = self.format.read(prefix, {f"{prefix}.{self._kind(name)}": blocks}, grid)
+        self._layout.check_shape(name, tuple(quantized.codes.shape), self.file.name)
+        return quantized
+
+    def grid(self, name: str) -> Grid | None:
+        """The grid of a weight's type.
+
+        Errors: FormatError, naming the tensor, where its codes lie on none that is known.
+        """
+        if self._float_of(name) is not None:
+            return None
+        kind = self._kind(name)
+        if self.architecture not in set(ARCHITECTURES.values()):
+            raise refusal(self._parts[name][0], f"codes are not read of {self.architecture} files, only weights")
+        if kind not in TYPES:
+            why = f"its codes, of type {kind}, lie on no grid that is read; those of {', '.join(TYPES)} do"
+            raise refusal(self._parts[name][0], why)
+        return TYPES[kind].grid
+
+    def bits_stored(self, name: str) -> int | None:
+        """Bits of a weight of any quantized type."""
+        size = sum(int(self._tensors[part].n_bytes) for part in self._parts[name])
+        return None if self._float_of(name) else 8 * size
+
+    def _kind(self, name: str) -> str:
+        """The name of a tensor's type."""
+        return str(self._tensors[self._parts[name][0]].tensor_type.name)
+
+    def _float_of(self, name: str) -> torch.dtype | None:
+        """The type of a tensor in full precision; None of a quantized one."""
+        return {kind: dtype for dtype, kind in FLOATS.items()}.get(self._kind(name))
+
+
+def open_gguf(file: Path) -> GgufSource:
+    """The model in a .gguf file as it is stored, quantized or in full precision.
+
+    Errors: SourceError, FormatError, naming the file or tensor.
+    """
+    return QuantizedGguf(file) if holds_codes(file) else GgufSource(file)
+
+
+def open_folder(folder: Path, name: str | None = None) -> Source:
+    """The model in a folder, in full precision or quantized, as its config says, or as its only .gguf file has it.
 
     Errors: SourceError, naming the file, tensor or method.
     """
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1 and not (folder / "config.json").exists():
+        return open_gguf(files[0])
     config = read_config(folder)
     keys = {key for form in IN_CONFIG.values() for key in form.config_keys}
     quantized = any(getattr(config, key, None) is not None for key in keys)
