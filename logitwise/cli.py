@@ -61,7 +61,9 @@ def quantize(
             help="Where a fit starts: searched, minmax; with what inputs are like: weighted, neuqi, gptq, quantease."
         ),
     ] = None,
-    format: Annotated[str | None, typer.Option("--format", help="auto, compressed-tensors, gptq, awq or mlx.")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="auto, compressed-tensors, gptq, awq, mlx or gguf.")
+    ] = None,
     scale_dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="self, self:PROMPTS, server:URL, text:FILE, jsonl:FILE or hf:NAME.")

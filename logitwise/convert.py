@@ -1,7 +1,7 @@
 """`export`: a quantized checkpoint in another format, without a weight changed, or a refusal that names what fits."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from logitwise.errors import FormatError, SourceError
-from logitwise.formats import FORMATS, Format
+from logitwise.formats import FORMATS, Described, Format
 from logitwise.formats.checkpoint import check_output, staged, write_json
 from logitwise.grid import Grid, Quantized
 from logitwise.modelcard import model_card
+from logitwise.preflight import describe
 from logitwise.skeleton import Skeleton, Slot
-from logitwise.source import QuantizedFolder, open_source
+from logitwise.source import QuantizedSource, open_stored
 from logitwise.watch import SILENT, Watcher
 from logitwise.writing import Written, read_back, read_report, write_model_files, write_tensors
 
@@ -48,7 +49,7 @@ def export(
     """Writes a quantized checkpoint in another format: the same codes, scales and zero points.
 
     Args:
-        checkpoint: a folder in any format that is read.
+        checkpoint: a folder in any format that is read, or a .gguf file.
         out: the folder to write; it appears only when complete.
         format: compressed-tensors or another of `FORMATS`.
         overwrite: replace what OUT holds.
@@ -56,7 +57,7 @@ def export(
         watcher: hears how far it is.
 
     Errors: InputError, before anything is written: where the checkpoint is not quantized, or the format does not hold
-    its grids; then the formats that do are named.
+    its grids or the model; then the formats that do are named.
     """
     out = Path(out)
     check_output(out, overwrite)
@@ -64,8 +65,8 @@ def export(
         raise FormatError(
             f"there is no format {format}", f"those there are: {', '.join(FORMATS)}", "choose one of them"
         )
-    source = open_source(checkpoint)
-    if not isinstance(source, QuantizedFolder):
+    source = open_stored(checkpoint)
+    if not isinstance(source, QuantizedSource):
         raise SourceError(
             f"{checkpoint} is not quantized", "its weights are in full precision", "quantize it, with --format"
         )
@@ -77,8 +78,12 @@ def export(
         raise FormatError(
             f"{outside[0]} is quantized", "layers outside of the blocks are not converted yet", "quantize it anew"
         )
-    if (reason := _refusal(FORMATS[format], grids)) is not None:
-        fits = [name for name, form in FORMATS.items() if _refusal(form, grids) is None]
+    report = read_report(Path(checkpoint)) if Path(checkpoint).is_dir() else None
+    form, model = FORMATS[format], describe(source, skeleton)
+    if report is not None:
+        model = replace(model, name=report["model"]["name"])
+    if (reason := _refusal(form, model, grids)) is not None:
+        fits = [name for name, other in FORMATS.items() if _refusal(other, model, grids) is None]
         remedy = f"choose one that does: {', '.join(fits)}" if fits else "no format here does"
         raise FormatError(f"{format} cannot hold {checkpoint}", reason, remedy)
 
@@ -88,22 +93,22 @@ def export(
             yield name, source.read(name) if quantized is None else quantized
 
     with staged(out, overwrite) as staging:
-        written = write_tensors(staging, contents(), FORMATS[format], len(source.names()), verify, watcher)
         own = {slot.module: grid for slot, grid in grids.items()}
-        write_model_files(staging, source, skeleton, FORMATS[format], own)
-        if (report := read_report(Path(checkpoint)) if Path(checkpoint).is_dir() else None) is not None:
+        written = write_tensors(staging, contents(), form, model, own, len(source.names()), verify, watcher)
+        write_model_files(staging, source, skeleton)
+        if report is not None:
             weights = sum(slot.out_features * slot.in_features for slot in grids)
-            report = _report(report, FORMATS[format], set(grids.values()), weights, written)
+            report = _report(report, form, set(grids.values()), weights, written)
             write_json(staging / "logitwise.json", report)
             (staging / "README.md").write_text(model_card(report), encoding="utf-8")
         if verify:
-            read_back(staging, written, watcher)
+            read_back(staging, form, written, watcher)
     return Exported(out, format, written.size, len(grids))
 
 
-def _refusal(form: Format, grids: dict[Slot, Grid]) -> str | None:
-    """Why a format cannot hold these layers; None where it can."""
-    if reason := form.holds_grids(set(grids.values())):
+def _refusal(form: Format, model: Described, grids: dict[Slot, Grid]) -> str | None:
+    """Why a format cannot hold these layers of this model; None where it can."""
+    if reason := form.holds_grids(set(grids.values())) or form.holds_model(model):
         return reason
     for slot, grid in grids.items():
         reason = form.holds_layer(slot.module, slot.out_features, slot.in_features, slot.transposed, grid)

@@ -16,7 +16,7 @@ from logitwise.measure.likelihood import VERSION, Likelihood, as_json, likelihoo
 from logitwise.pair import check_shapes
 from logitwise.recipe import Recipe
 from logitwise.skeleton import Skeleton
-from logitwise.source import QuantizedFolder, check_tokenizer, open_source
+from logitwise.source import QuantizedSource, check_tokenizer, open_source, open_stored
 from logitwise.source.base import Source
 from logitwise.watch import SILENT, Watcher
 from logitwise.writing import read_report
@@ -85,7 +85,7 @@ def evaluate(
     Errors: InputError.
     """
     device = choose_machine(Recipe.load(None, device=device))["device"].value
-    source = open_source(model)
+    source = open_stored(model)
     against = source if reference is None else open_source(reference)
     check_tokenizer(against)
     check_shapes(source, against)
@@ -132,9 +132,9 @@ def size_of(source: Source) -> Size:
     parameters = bits = weights = 0
     for name in source.names():
         parameters += torch.Size(source.shape(name)).numel()
-        if isinstance(source, QuantizedFolder) and (quantized := source.quantized(name)) is not None:
-            bits += source.format.bits_stored(quantized.grid, *quantized.codes.shape)
-            weights += quantized.codes.numel()
+        if isinstance(source, QuantizedSource) and (stored := source.bits_stored(name)) is not None:
+            bits += stored
+            weights += torch.Size(source.shape(name)).numel()
     return Size(source.size_bytes, bits / weights if weights else None, 8 * source.size_bytes / parameters)
 
 
@@ -160,11 +160,11 @@ def inspect(model: str | Path) -> Contents:
 
     Errors: InputError.
     """
-    source = open_source(model)
+    source = open_stored(model)
     tensors: list[tuple[str, tuple[int, ...], str]] = []
     grids: Counter[str] = Counter()
     for name in source.names():
-        grid = source.grid(name) if isinstance(source, QuantizedFolder) else None
+        grid = source.grid(name) if isinstance(source, QuantizedSource) else None
         grids += Counter([str(grid)] if grid else [])
         stored = f"{grid.bits} bits" if grid else str(source.dtype).removeprefix("torch.")
         tensors.append((name, source.shape(name), stored))

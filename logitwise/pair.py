@@ -16,7 +16,7 @@ from torch import Tensor
 from logitwise.errors import SourceError
 from logitwise.grid import Quantized
 from logitwise.skeleton import Skeleton, Slot
-from logitwise.source import QuantizedFolder, Source, check_tokenizer, check_weights, open_source
+from logitwise.source import QuantizedSource, Source, check_tokenizer, check_weights, open_source, open_stored
 from logitwise.watch import Watcher
 
 LEAST_COSINE = 0.5
@@ -39,7 +39,7 @@ class Pair:
         digest: of the weights of both.
     """
 
-    checkpoint: QuantizedFolder
+    checkpoint: QuantizedSource
     student: Skeleton
     teacher: Skeleton
     slots: list[Slot]
@@ -79,10 +79,10 @@ def open_pair(
     Errors: SourceError, naming what does not fit: where one is quantized that should not be, or the other way round;
     where tensors, shapes, tokenizers or weights differ by more than quantization explains.
     """
-    quantized, source = open_source(checkpoint), open_source(original, revision)
-    if not isinstance(quantized, QuantizedFolder):
+    quantized, source = open_stored(checkpoint), open_source(original, revision)
+    if not isinstance(quantized, QuantizedSource):
         raise SourceError(f"{checkpoint} is not quantized", "its weights are in full precision", "quantize it instead")
-    if isinstance(source, QuantizedFolder):
+    if isinstance(source, QuantizedSource):
         raise SourceError(f"{original} is quantized", "its weights are codes", "give the model in full precision")
     check_shapes(quantized, source)
     check_tokenizer(source)

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from logitwise.audit import Fate, audit, keeper
 from logitwise.calibration import check_spec, writes
 from logitwise.errors import FormatError, RecipeError, SourceError
-from logitwise.formats import FORMATS, Format, choose
+from logitwise.formats import FORMATS, Described, Format, choose
 from logitwise.formats.checkpoint import check_output
 from logitwise.machine import choose_machine
 from logitwise.objectives import OBJECTIVES
@@ -21,7 +21,7 @@ from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Recipe, not_possible
 from logitwise.rewrites import Fold, find_folds, takes
 from logitwise.skeleton import Skeleton, Slot
-from logitwise.source import QuantizedFolder, check_tokenizer, check_weights, open_source
+from logitwise.source import QuantizedSource, check_tokenizer, check_weights, open_source
 from logitwise.source.base import Source
 from logitwise.watch import Watcher
 from logitwise.windows import check_windows, roles_of
@@ -48,6 +48,7 @@ class Job:
         source: the model as it came.
         skeleton: its modules, and the weights that are quantized: the source's own, or those of its rewrites.
         format: what is written.
+        model: what it says of the model.
         kept: slots that stay in full precision.
         slots: every other one.
         fates: what becomes of each tensor of the input.
@@ -61,6 +62,7 @@ class Job:
     source: Source
     skeleton: Skeleton
     format: Format
+    model: Described
     kept: Callable[[Slot], bool]
     slots: list[Slot]
     fates: list[Fate]
@@ -93,7 +95,7 @@ def check(
         check_spec(recipe.calibration)
     choices = choose_machine(recipe)
     source = open_source(model, revision)
-    if isinstance(source, QuantizedFolder):
+    if isinstance(source, QuantizedSource):
         raise SourceError(f"{model} is quantized already", "its weights are codes", "give the original model")
     check_tokenizer(source)
     device, dtype = torch.device(choices["device"].value), getattr(torch, choices["compute_dtype"].value)
@@ -103,6 +105,9 @@ def check(
     every = [slot for block in range(len(skeleton)) for slot in skeleton.slots(block)]
     slots = [slot for slot in every if not kept(slot)]
     choices["format"] = _check_slots(slots, recipe)
+    form, described = FORMATS[choices["format"].value], describe(source, skeleton)
+    if (reason := form.holds_model(described)) is not None:
+        raise FormatError(f"{form.name} cannot hold {source.name}", reason, "choose another --format")
     if recipe.symmetric is None and recipe.grid.symmetric:
         choices["symmetric"] = Choice(True, "transformers loads layers on several grids only where all are symmetric")
     with watcher.stage("Checking weights", len(source.names())) as stage:
@@ -111,8 +116,14 @@ def check(
         difference = skeleton.prove()
         stage.advance()
     folds, left_alone = _folds(recipe, skeleton, kept, watcher) if recipe.rewrites else ([], [])
-    fates, form = audit(source, every, kept), FORMATS[choices["format"].value]
-    return Job(source, skeleton, form, kept, slots, fates, choices, digest, difference, folds, left_alone)
+    fates = audit(source, every, kept)
+    return Job(source, skeleton, form, described, kept, slots, fates, choices, digest, difference, folds, left_alone)
+
+
+def describe(source: Source, skeleton: Skeleton) -> Described:
+    """What a checkpoint of a model says beside its tensors."""
+    source.config.architectures = [type(skeleton.model).__name__]
+    return Described(source.name, source.config, source.dtype, source.tokenizer(), skeleton.linear_modules())
 
 
 def _folds(

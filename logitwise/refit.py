@@ -35,7 +35,7 @@ from logitwise.quantizers import Reopened
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder, chain
 from logitwise.skeleton import Slot
-from logitwise.source import open_source
+from logitwise.source import open_stored
 from logitwise.watch import SILENT, Watcher
 from logitwise.windows import NUMERICS, check_windows, final_blocks
 from logitwise.writing import read_back, write_changed
@@ -91,7 +91,7 @@ def refit(
     """Refits the final blocks of a quantized checkpoint and, where asked, polishes all scales.
 
     Args:
-        checkpoint: a folder in any format that is read.
+        checkpoint: a folder or .gguf file in any format that is read.
         out: the folder to write; it appears only when complete, and only if it is better.
         original: the model that the checkpoint was quantized from, in full precision.
         recipe: what to do; the preset `refit` by default. Only the keys in `READ` may be others than theirs.
@@ -127,8 +127,8 @@ def refit(
         with staged(out, overwrite) as staging:
             written = write_changed(staging, pair.checkpoint, changed, verify, watcher)
             if verify:
-                read_back(staging, written, watcher)
-            made = open_source(staging)
+                read_back(staging, pair.checkpoint.format, written, watcher)
+            made = open_stored(staging)
             made.name = "the refit"
             original_source = pair.teacher.source
             before, after = measure_models(

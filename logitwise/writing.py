@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from logitwise.errors import MachineError
-from logitwise.formats import Format
-from logitwise.formats.checkpoint import replace_tensors, staged, write_checkpoint, write_config, write_json
+from logitwise.formats import Described, Format
+from logitwise.formats.checkpoint import staged, write_json
 from logitwise.grid import Grid, Quantized
 from logitwise.modelcard import model_card
 from logitwise.polish import Polished
 from logitwise.preflight import Job
 from logitwise.skeleton import Skeleton, Slot
-from logitwise.source import Source
-from logitwise.source.quantized import QuantizedFolder, open_folder
+from logitwise.source import QuantizedSource, Source
+from logitwise.source.quantized import open_folder
 from logitwise.watch import Watcher
 
 
@@ -66,7 +66,8 @@ def write(
     grids = {slot.module: grid_of(slot.module) for slot in job.slots}
     parameters = sum(torch.Size(source.shape(name)).numel() for name in source.names())
     with staged(out, overwrite) as staging:
-        written = write_tensors(staging, contents(), job.format, len(job.fates), verify, watcher)
+        written = write_tensors(staging, contents(), job.format, job.model, grids, len(job.fates), verify, watcher)
+        write_model_files(staging, source, job.skeleton)
         report = {
             **report,
             "grids": dict(Counter(map(str, grids.values()))),
@@ -79,9 +80,8 @@ def write(
         }
         write_json(staging / "logitwise.json", report)
         (staging / "README.md").write_text(model_card(report), encoding="utf-8")
-        write_model_files(staging, source, job.skeleton, job.format, grids)
         if verify:
-            read_back(staging, written, watcher)
+            read_back(staging, job.format, written, watcher)
     return report
 
 
@@ -104,11 +104,13 @@ def write_tensors(
     staging: Path,
     contents: Iterable[tuple[str, Tensor | Quantized]],
     form: Format,
+    model: Described,
+    grids: Mapping[str, Grid],
     count: int,
     verify: bool,
     watcher: Watcher,
 ) -> Written:
-    """Writes parameters, `count` of them, as they come: quantized weights in the format, others as they are.
+    """Writes a checkpoint, its parameters, `count` of them, as they come: quantized weights or others.
 
     Their digests are taken where they are to be compared.
     """
@@ -119,45 +121,36 @@ def write_tensors(
         nonlocal bits
         with watcher.stage("Writing the checkpoint", count) as stage:
             for name, content in contents:
+                stored = content if isinstance(content, Quantized) else form.kept(content)
                 if verify:
-                    digests[name] = _digest(content)
-                if isinstance(content, Quantized):
-                    bits += form.bits_stored(content.grid, *content.codes.shape)
-                    yield from form.tensors(name.removesuffix(".weight"), content).items()
+                    digests[name] = _digest(stored, form)
+                if isinstance(stored, Quantized):
+                    bits += form.bits_stored(stored.grid, *stored.codes.shape)
+                    yield from form.tensors(name.removesuffix(".weight"), stored).items()
                 else:
-                    yield name, content
+                    yield name, stored
                 stage.advance()
 
-    size = write_checkpoint(staging, tensors(), written_for=form.written_for)
+    size = form.write(staging, tensors(), model, dict(sorted(grids.items())))
     return Written(size, bits, digests)
 
 
 def write_changed(
-    staging: Path, source: QuantizedFolder, changed: Mapping[str, Tensor | Quantized], verify: bool, watcher: Watcher
+    staging: Path, source: QuantizedSource, changed: Mapping[str, Tensor | Quantized], verify: bool, watcher: Watcher
 ) -> Written:
     """Writes a checkpoint once more with the content of some parameters changed; every other byte is as it was.
 
     Errors: FormatError, naming the tensor, where what is to be written is of another type or shape than what is there.
     """
-    tensors: dict[str, Tensor] = {}
-    bits = 0
-    for name, content in changed.items():
-        stored = source.place(name)
-        if isinstance(content, Quantized):
-            tensors |= source.format.tensors(stored.removesuffix(".weight"), content)
-            bits += source.format.bits_stored(content.grid, *content.codes.shape)
-        else:
-            tensors[stored] = content
-    files = sorted(file for file in source.folder.iterdir() if file.is_file())
-    with watcher.stage("Writing the checkpoint", len(files)) as stage:
-        for file in files:
-            replace_tensors(file, staging / file.name, tensors)
-            stage.advance()
-    size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
-    return Written(size, bits, {name: _digest(content) for name, content in changed.items()} if verify else {})
+    with watcher.stage("Writing the checkpoint", 1) as stage:
+        size = source.write_changed(staging, changed)
+        stage.advance()
+    bits = sum(source.bits_stored(name) or 0 for name in changed)
+    digests = {name: _digest(content, source.format) for name, content in changed.items()} if verify else {}
+    return Written(size, bits, digests)
 
 
-def read_back(staging: Path, written: Written, watcher: Watcher) -> None:
+def read_back(staging: Path, form: Format, written: Written, watcher: Watcher) -> None:
     """Compares every tensor of a checkpoint, as its own reader gives it, with what was to be written, bit for bit.
 
     Errors: MachineError, naming the tensor.
@@ -165,8 +158,8 @@ def read_back(staging: Path, written: Written, watcher: Watcher) -> None:
     source = open_folder(staging)
     with watcher.stage("Reading it back", len(written.digests)) as stage:
         for name, digest in written.digests.items():
-            quantized = source.quantized(name) if isinstance(source, QuantizedFolder) else None
-            if _digest(source.read(name) if quantized is None else quantized) != digest:
+            quantized = source.quantized(name) if isinstance(source, QuantizedSource) else None
+            if _digest(source.read(name) if quantized is None else quantized, form) != digest:
                 raise MachineError(
                     f"{name} is not read back as it was written",
                     "the disk or memory changed it, or the format has a fault",
@@ -175,9 +168,12 @@ def read_back(staging: Path, written: Written, watcher: Watcher) -> None:
             stage.advance()
 
 
-def _digest(content: Tensor | Quantized) -> str:
-    """A hash of what a tensor, or a weight's codes, scales and zero points, hold."""
-    parts = content.parts() if isinstance(content, Quantized) else [content]
+def _digest(content: Tensor | Quantized, form: Format) -> str:
+    """A hash of what a tensor, or a weight's codes, scales and zero points, hold; or of the weight they stand for."""
+    if isinstance(content, Quantized):
+        parts = content.parts() if form.keeps_codes else [content.dequantize()]
+    else:
+        parts = [content]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
@@ -185,17 +181,8 @@ def _digest(content: Tensor | Quantized) -> str:
     return digest.hexdigest()
 
 
-def write_model_files(staging: Path, source: Source, skeleton: Skeleton, form: Format, grids: dict[str, Grid]) -> None:
-    """config.json and what a format has beside it, tokenizer, chat template, generation config, licence."""
-    grids = dict(sorted(grids.items()))
-    ignored = [name for name in skeleton.linear_modules() if name not in grids]
-    config = source.config
-    config.architectures = [type(skeleton.model).__name__]
-    described = form.quantization_config(grids, ignored)
-    write_config(staging, config, described, source.dtype, form.config_keys)
-    for name, content in form.files(described).items():
-        write_json(staging / name, content)
-    source.tokenizer().save_pretrained(staging)
+def write_model_files(staging: Path, source: Source, skeleton: Skeleton) -> None:
+    """Generation config and licence, as they are or as transformers has them."""
     files = source.extra_files()
     for file in files:
         shutil.copyfile(file, staging / file.name)

@@ -4,13 +4,14 @@ from collections.abc import Collection
 
 from logitwise.errors import FormatError
 from logitwise.formats.awq import Awq
-from logitwise.formats.base import Format
+from logitwise.formats.base import Described, Format
 from logitwise.formats.compressed_tensors import CompressedTensors
+from logitwise.formats.gguf import Gguf
 from logitwise.formats.gptq import Gptq
 from logitwise.formats.mlx import Mlx
 from logitwise.grid import Grid
 
-FORMATS: dict[str, Format] = {one.name: one for one in (CompressedTensors(), Gptq(), Awq(), Mlx())}
+FORMATS: dict[str, Format] = {one.name: one for one in (CompressedTensors(), Gptq(), Awq(), Mlx(), Gguf())}
 """Every format by the name that `--format` takes."""
 
 
@@ -26,4 +27,4 @@ def choose(grids: Collection[Grid]) -> tuple[Format, str]:
     return chosen, chosen.loaders(grids)
 
 
-__all__ = ["FORMATS", "Awq", "CompressedTensors", "Format", "Gptq", "Mlx", "choose"]
+__all__ = ["FORMATS", "Awq", "CompressedTensors", "Described", "Format", "Gguf", "Gptq", "Mlx", "choose"]

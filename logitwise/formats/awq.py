@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from logitwise.errors import FormatError
-from logitwise.formats.base import Format
 from logitwise.formats.checks import (
     expect,
     name_of,
@@ -30,6 +29,7 @@ from logitwise.formats.checks import (
     whole,
 )
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes
+from logitwise.formats.safetensors import SafetensorsFormat
 from logitwise.grid import Grid, Quantized
 
 BITS = 4
@@ -42,7 +42,7 @@ NEUTRAL_KEYS = frozenset(
 )
 
 
-class Awq(Format):
+class Awq(SafetensorsFormat):
     """AWQ "gemm": 4 bits, groups, float16 scales."""
 
     name = "awq"

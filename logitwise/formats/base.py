@@ -1,43 +1,49 @@
 """What a checkpoint format is: which grids and layers it holds, and how it writes and reads them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from logitwise.errors import FormatError
-from logitwise.formats.checks import check_on_grid, refusal
+from logitwise.formats.checks import check_on_grid
 from logitwise.grid import Grid, Quantized
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 """The group sizes that a refusal offers in place of one that does not divide a layer."""
 
 
+@dataclass(frozen=True)
+class Described:
+    """A model as a checkpoint describes it, beside its tensors.
+
+    Args:
+        name: what it is called; of a hub id with its organization.
+        config: its own, which stays as it is.
+        dtype: the type of the tensors that are not quantized.
+        tokenizer: its tokenizer, with its chat template where it has one.
+        linear: every Linear module, quantized or not.
+    """
+
+    name: str
+    config: PretrainedConfig
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase
+    linear: Collection[str]
+
+
 class Format(ABC):
-    """One way to lay quantized weights out in safetensors files and to describe them in config.json.
+    """One way to lay quantized weights out in files and to describe them there.
 
     Formats hold the weights of `nn.Linear` modules, [out, in]; a layer is named by its module
     (`model.layers.0.mlp.down_proj`). No format changes a code, a sign, a zero point or a type without saying so.
     """
 
     name: str
-    suffixes: tuple[str, ...]
-    """What stands after the module's name in the names of a quantized layer's tensors; some may be absent.
-
-    Where "weight" is one of them, a layer is quantized if it has another of them too.
-    """
-    scale_suffix: str
-    """The one of `suffixes` that is the scale, whose type is the grid's."""
-    config_keys: tuple[str, ...] = ("quantization_config",)
-    """Where config.json says how weights are quantized: each key says the same, and loaders read the first.
-
-    A first key that is not `quantization_config` is the format's own and tells a folder of it.
-    """
-    written_for: str = "pt"
-    """The framework that the metadata of safetensors files names."""
     group_sizes: tuple[int, ...] = GROUP_SIZES
     """The group sizes that a refusal offers."""
     library: str = "transformers"
@@ -48,8 +54,8 @@ class Format(ABC):
     """Whether grids with float minima are held."""
     stores_every_zero: bool = False
     """Whether the zero points of symmetric grids are stored too."""
-    shape_suffix: str
-    """The one of `suffixes` that tells a layer's shape."""
+    keeps_codes: bool = True
+    """Whether codes and zero points are read back as they were written; if not, the weights they stand for are."""
 
     def holds(self, grid: Grid) -> str | None:
         """None where every weight on the grid can be written exactly, else the reason why not."""
@@ -88,6 +94,10 @@ class Format(ABC):
         """None where each of these grids is held, and all of them in one checkpoint, else the reason why not."""
         return next(filter(None, map(self.holds, grids)), None) or self.holds_together(grids)
 
+    def holds_model(self, model: Described) -> str | None:
+        """None where the model and its tokenizer can be described, else the reason why not."""
+        return None
+
     def bits_stored(self, grid: Grid, out_features: int, in_features: int) -> int:
         """Bits that a layer's weight takes: codes, scales, and zero points in whatever form they are stored."""
         stored = replace(grid, symmetric=False) if self.stores_every_zero else grid
@@ -109,56 +119,29 @@ class Format(ABC):
     def _laid_out(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
         """`tensors` of a weight that the format holds."""
 
+    def kept(self, tensor: Tensor) -> Tensor:
+        """A tensor in full precision as it is stored: of the same values."""
+        return tensor
+
     @abstractmethod
-    def quantization_config(self, grids: Mapping[str, Grid], ignored: list[str]) -> dict[str, Any]:
-        """The `quantization_config` of config.json.
+    def write(
+        self, folder: Path, tensors: Iterable[tuple[str, Tensor]], model: Described, grids: Mapping[str, Grid]
+    ) -> int:
+        """Writes a checkpoint: tensors as they come, and all that loaders need to know of them and of the model.
 
         Args:
+            folder: where the files go.
+            tensors: what `tensors` gives of each quantized layer, and every other tensor by its parameter's name.
+            model: what is described.
             grids: of every quantized layer, by its module.
-            ignored: every Linear module kept in full precision.
-        """
 
-    def files(self, quantization_config: Mapping[str, Any]) -> dict[str, object]:
-        """What else says the same, for old readers: the content of each JSON file beside config.json, by its name."""
-        return {}
+        Returns: the size of the weight files on disk, in bytes.
+        Errors: MachineError where a file cannot be written.
+        """
 
     @abstractmethod
     def loaders(self, grids: Collection[Grid]) -> str:
         """Which engines load a checkpoint on these grids, in half a sentence; what was not tried says so."""
-
-    def described_by(self, quantization_config: Mapping[str, Any]) -> "Format":
-        """The format as this config says that its files were written; itself where there is one way only.
-
-        Errors: FormatError, naming the key.
-        """
-        return self
-
-    @abstractmethod
-    def shape(
-        self, prefix: str, shapes: Mapping[str, tuple[int, ...]], load: Callable[[str], Tensor], grid: Grid
-    ) -> tuple[int, int]:
-        """Outputs and inputs of a layer, as its stored tensors tell.
-
-        Args:
-            prefix: the layer's module.
-            shapes: of its tensors in the files, by their names there.
-            load: one of them.
-            grid: the layer's grid.
-
-        Errors: FormatError, naming the tensor that does not tell.
-        """
-
-    def shape_read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> tuple[int, int]:
-        """`shape` of a layer whose tensors are there.
-
-        Errors: FormatError, naming the tensor, also where the format holds no such layer.
-        """
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        out_features, in_features = self.shape(prefix, shapes, tensors.__getitem__, grid)
-        reason = self.holds_layer(prefix, out_features, in_features, False, grid)
-        if reason is not None:
-            raise refusal(f"{prefix}.{self.shape_suffix}", reason)
-        return out_features, in_features
 
     @abstractmethod
     def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
@@ -173,15 +156,3 @@ class Format(ABC):
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
-
-    @abstractmethod
-    def grids_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Callable[[str], Grid]:
-        """The grid of each layer, by its module, that a `quantization_config` describes.
-
-        Args:
-            config: the `quantization_config` of config.json.
-            scale_dtype: the type of the stored scale tensors, which the config does not tell.
-
-        Errors: FormatError, naming the key, for everything that is not read here; nothing is passed over. What is
-        returned raises FormatError for a layer that the config does not describe.
-        """

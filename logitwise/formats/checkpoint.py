@@ -38,7 +38,7 @@ def write_checkpoint(
 
     def close_shard() -> None:
         path = folder / f"shard-{len(shards)}.safetensors"
-        with _writing(path):
+        with writing(path):
             save_file(held, path, metadata={"format": written_for})
         shards.append(path)
         held.clear()
@@ -64,7 +64,7 @@ def replace_tensors(file: Path, out: Path, tensors: Mapping[str, Tensor]) -> Non
     Errors: FormatError, naming the tensor, where it has another type or shape than what it replaces. MachineError where
     the file cannot be written.
     """
-    with _writing(out):
+    with writing(out):
         if file.suffix != ".safetensors":
             shutil.copyfile(file, out)
             return
@@ -104,12 +104,13 @@ def write_json(path: Path, value: object) -> None:
 
     Errors: MachineError where the file cannot be written.
     """
-    with _writing(path):
+    with writing(path):
         path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file is written into a MachineError that names it."""
     try:
         yield
     except (OSError, SafetensorError) as error:

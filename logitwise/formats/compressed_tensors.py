@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from logitwise.errors import FormatError
-from logitwise.formats.base import Format
 from logitwise.formats.checks import expect, name_of, nothing_left, refusal, take, take_scale, unread
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes, words_of
+from logitwise.formats.safetensors import SafetensorsFormat
 from logitwise.grid import Grid, Quantized
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,7 +35,7 @@ NEUTRAL_KEYS = frozenset({"ignore", "dequantize", "run_compressed", "version", "
 NEUTRAL_WEIGHT_KEYS = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
 
 
-class CompressedTensors(Format):
+class CompressedTensors(SafetensorsFormat):
     """compressed-tensors `pack-quantized`: 2 to 8 bits, groups or channels, symmetric or asymmetric."""
 
     name = "compressed-tensors"

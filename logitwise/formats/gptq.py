@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from logitwise.errors import FormatError
-from logitwise.formats.base import Format
 from logitwise.formats.checks import (
     expect,
     name_of,
@@ -35,6 +34,7 @@ from logitwise.formats.checks import (
     whole,
 )
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes
+from logitwise.formats.safetensors import SafetensorsFormat
 from logitwise.grid import Grid, Quantized
 
 V1, V2 = "gptq", "gptq_v2"
@@ -65,7 +65,7 @@ NEUTRAL_KEYS = frozenset(
 )
 
 
-class Gptq(Format):
+class Gptq(SafetensorsFormat):
     """GPTQ: 2, 3, 4 or 8 bits, groups or channels, float16 scales, natural order of the inputs.
 
     Args:

@@ -34,16 +34,16 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from logitwise.errors import FormatError
-from logitwise.formats.base import Format
 from logitwise.formats.checks import name_of, refusal, take, take_nothing_else, take_scale, unread
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes, words_of
+from logitwise.formats.safetensors import SafetensorsFormat
 from logitwise.grid import Grid, Quantized
 
 BITS = (2, 3, 4, 5, 6, 8)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class Mlx(Format):
+class Mlx(SafetensorsFormat):
     """MLX affine: 2 to 6 and 8 bits, groups of 32, 64 or 128; asymmetric grids with float32 scales only."""
 
     name = "mlx"

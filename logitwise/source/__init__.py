@@ -3,14 +3,25 @@
 from pathlib import Path
 
 from logitwise.errors import SourceError
-from logitwise.source.base import Source
+from logitwise.source.base import QuantizedSource, Source
 from logitwise.source.check import check_tokenizer, check_weights
 from logitwise.source.folder import FolderSource
 from logitwise.source.gguf import GgufSource
 from logitwise.source.hub import fetch
-from logitwise.source.quantized import QuantizedFolder, open_folder
+from logitwise.source.quantized import QuantizedFolder, QuantizedGguf, open_folder, open_gguf
 
-__all__ = ["FolderSource", "GgufSource", "QuantizedFolder", "Source", "check_tokenizer", "check_weights", "open_source"]
+__all__ = [
+    "FolderSource",
+    "GgufSource",
+    "QuantizedFolder",
+    "QuantizedGguf",
+    "QuantizedSource",
+    "Source",
+    "check_tokenizer",
+    "check_weights",
+    "open_source",
+    "open_stored",
+]
 
 
 def open_source(model: str | Path, revision: str | None = None, endpoint: str | None = None) -> Source:
@@ -43,3 +54,12 @@ def open_source(model: str | Path, revision: str | None = None, endpoint: str | 
         why = f"there is no such folder here, so it was taken as a hub id; {error.why}"
         raise SourceError(error.what, why, error.remedy) from error
     return open_folder(folder, name=text)
+
+
+def open_stored(model: str | Path) -> Source:
+    """As `open_source`, but a .gguf file as it is stored.
+
+    There it is a model to be quantized, in float16; here it is what was made of one, and nothing is rounded.
+    """
+    path = Path(model).expanduser()
+    return open_gguf(path) if path.is_file() and path.suffix.lower() == ".gguf" else open_source(model)

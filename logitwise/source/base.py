@@ -1,11 +1,15 @@
 """Where a model comes from: its config, its tensors one at a time, its tokenizer and the files beside them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from logitwise.formats import Format
+from logitwise.grid import Grid, Quantized
 
 
 class Source(ABC):
@@ -51,3 +55,38 @@ class Source(ABC):
     @abstractmethod
     def size_bytes(self) -> int:
         """What the weights take on disk, in bytes."""
+
+
+class QuantizedSource(Source):
+    """A model whose weights are quantized already.
+
+    `read` gives quantized weights dequantized in float32 and every other tensor in the type of its file, so that
+    the model is evaluated as it is stored when it is computed in float32.
+    """
+
+    format: Format
+
+    @abstractmethod
+    def quantized(self, name: str) -> Quantized | None:
+        """The codes, scales and zero points of a weight; None where it is kept in full precision.
+
+        Errors: FormatError, naming the tensor that does not fit the format.
+        """
+
+    @abstractmethod
+    def write_changed(self, folder: Path, changed: Mapping[str, Tensor | Quantized]) -> int:
+        """Writes all its files into a folder, with the content of some parameters changed and no other byte.
+
+        Returns: the size of the weight files, in bytes.
+        Errors: FormatError, naming the tensor, where one would be of another type or shape than it was. MachineError
+        where a file cannot be written.
+        """
+
+    @abstractmethod
+    def grid(self, name: str) -> Grid | None:
+        """The grid of a weight; None where it is kept in full precision."""
+
+    def bits_stored(self, name: str) -> int | None:
+        """Bits that a quantized weight takes, scales and zero points included; None where it is in full precision."""
+        quantized = self.quantized(name)
+        return None if quantized is None else self.format.bits_stored(quantized.grid, *quantized.codes.shape)

@@ -2,6 +2,7 @@
 
 import struct
 import tempfile
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from logitwise.errors import SourceError
+from logitwise.formats.gguf_file import FLOATS, OPTIONAL_BIASES
+from logitwise.formats.gguf_tokenizer import restore_rule
 from logitwise.source.base import Source
 from logitwise.source.layout import layout_of
 
@@ -37,12 +40,14 @@ class GgufSource(Source):
         reader = _open(file)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         _check_types(reader, file)
-        architecture = str(reader.fields["general.architecture"].contents())
+        self.architecture = architecture = str(reader.fields["general.architecture"].contents())
         self.config = _config(reader, architecture, file)
         self.config.dtype = self.dtype
         self.config.name_or_path = self.name  # else the outline's temporary folder
         self._layout = layout_of(self.config, len(self._tensors), file.name)
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        rule = reader.fields.get("tokenizer.ggml.pre")
+        self._rule = "" if rule is None else str(rule.contents())
         self._processor: TensorProcessor = processor(self.config.to_dict())  # type: ignore[no-untyped-call]
         self._names: dict[str, str] = get_gguf_hf_weights_map(_TwoLevels(self._layout.model), self._processor)
         self._parts: dict[str, list[str]] = {}
@@ -64,20 +69,24 @@ class GgufSource(Source):
 
     def read(self, name: str) -> Tensor:
         """One tensor, dequantized in float32 and rounded to float16."""
+        tensor = self._loaded(name, self._dequantize)
+        self._layout.check_shape(name, tuple(tensor.shape), self.file.name)
+        return tensor.to(self.dtype)
+
+    def _loaded(self, name: str, load: Callable[[ReaderTensor], np.ndarray]) -> Tensor:
+        """A tensor in transformers' order, of what `load` gives of its parts in the file."""
         # Stacked experts are several tensors of the file; transformers collects those under "tensors" by itself.
         collected: dict[str, dict[str, Tensor]] = {"tensors": {}}
         for stored in self._parts[name]:
             processed = self._processor.process(
-                weights=self._dequantize(self._tensors[stored]),
+                weights=load(self._tensors[stored]),
                 name=stored,
                 tensor_key_mapping=self._names,
                 parsed_parameters=collected,
             )
             if processed.name is not None:
                 collected["tensors"][name] = torch.from_numpy(np.ascontiguousarray(processed.weights))
-        tensor = collected["tensors"][name].to(self.dtype)
-        self._layout.check_shape(name, tuple(tensor.shape), self.file.name)
-        return tensor
+        return collected["tensors"][name]
 
     @property
     def unused(self) -> list[str]:
@@ -102,6 +111,7 @@ class GgufSource(Source):
                 f"{type(error).__name__}: {error}",
                 "use a GGUF file that holds its tokenizer, or the model's safetensors folder",
             ) from error
+        restore_rule(tokenizer, self._rule)
         return tokenizer
 
     @property
@@ -110,15 +120,27 @@ class GgufSource(Source):
         return self.file.stat().st_size
 
     def _dequantize(self, tensor: ReaderTensor) -> np.ndarray:
-        """The values of a tensor of the file, float32; only its own bytes are read."""
-        stored = np.fromfile(self.file, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
-        values: np.ndarray = dequantize(stored.view(tensor.data.dtype).reshape(tensor.data.shape), tensor.tensor_type)
+        """The values of a tensor of the file, float32."""
+        values: np.ndarray = dequantize(self._bytes(tensor).view(tensor.data.dtype), tensor.tensor_type)
         return values.astype(np.float32, copy=False)
+
+    def _bytes(self, tensor: ReaderTensor) -> np.ndarray:
+        """A tensor of the file as it is stored, uint8 [..., bytes of a row]; only its own bytes are read."""
+        stored = np.fromfile(self.file, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
+        return stored.reshape(*tensor.data.shape[:-1], -1)
 
     def _check_size(self, name: str, parts: list[str]) -> None:
         found = [tuple(int(n) for n in reversed(self._tensors[part].shape)) for part in parts]
         if sum(int(np.prod(shape)) for shape in found) != int(np.prod(self.shape(name))):
             self._layout.check_shape(name, found[0], self.file.name)
+
+
+def holds_codes(file: Path) -> bool:
+    """Whether a .gguf file has quantized tensors.
+
+    Errors: SourceError where it cannot be read.
+    """
+    return any(tensor.tensor_type.name not in FLOATS.values() for tensor in _open(file).tensors)
 
 
 class _TwoLevels:
@@ -202,6 +224,12 @@ def _config(reader: GGUFReader, architecture: str, file: Path) -> PretrainedConf
             f"{type(error).__name__}: {error}",
             "use the model's safetensors folder instead",
         ) from error
+    # What transformers does not look for: the size of heads that is no share of the hidden size, and biases.
+    head_dim = reader.fields.get(f"{architecture}.attention.key_length")
+    if head_dim is not None and config.model_type == "qwen3":
+        config.head_dim = int(head_dim.contents())
+    if architecture in OPTIONAL_BIASES:
+        config.attention_bias = any(tensor.name.endswith(".attn_q.bias") for tensor in reader.tensors)
     return config
 
 
