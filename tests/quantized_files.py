@@ -19,12 +19,10 @@ def random_quantized(out_features: int, in_features: int, grid: Grid, seed: int 
     zero = torch.randint(0, grid.levels + 1, shape, generator=generator)
     zero.view(-1)[:2] = torch.tensor([0, grid.levels])
     scale = torch.randn(shape, generator=generator) / 2**grid.bits
-    return Quantized(
-        codes.to(torch.uint8),
-        scale.to(grid.scale_dtype),
-        torch.full_like(zero, grid.middle).to(torch.uint8) if grid.symmetric else zero.to(torch.uint8),
-        grid,
-    )
+    minimum = torch.randn(shape, generator=generator).to(grid.scale_dtype) if grid.minimum else None
+    if grid.symmetric or grid.minimum:
+        zero = torch.full_like(zero, grid.middle if grid.symmetric else 0)
+    return Quantized(codes.to(torch.uint8), scale.to(grid.scale_dtype), zero.to(torch.uint8), grid, minimum)
 
 
 def assert_same(a: Quantized, b: Quantized) -> None:
