@@ -247,7 +247,7 @@ def refit(
         "device": device,
     }
     with _watching(quiet, verbose, log) as watcher:
-        from logitwise.recipe import Recipe, parse_settings
+        from logitwise.recipe import REFIT, Recipe, parse_settings
         from logitwise.refit import refit as run
         from logitwise.report.figures import show_refitted
 
@@ -256,7 +256,7 @@ def refit(
             checkpoint,
             out,
             original=original,
-            recipe=Recipe.load(recipe or "refit", **changes),
+            recipe=Recipe.load(recipe or REFIT, **changes),
             overwrite=overwrite,
             fresh=fresh,
             keep_run=keep_run,

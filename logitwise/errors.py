@@ -61,6 +61,6 @@ class MachineError(LogitwiseError):
 
 
 class UnmetError(LogitwiseError):
-    """The work finished, but something asked for was not met, under --strict."""
+    """The work finished, but something asked for was not met: under --strict, or a refit that gained nothing."""
 
     exit_code = 3

@@ -20,7 +20,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
 
-PRESETS = ("quick", "standard", "best", "whole", "demo", "refit")
+PRESETS = ("quick", "standard", "best", "whole", "demo")
+
+REFIT = "refit"
+"""The preset of `refit`, which reads other keys than `quantize`."""
 
 FALLS_WITH = {
     "method": ("learning", "learning_last", "stages"),
@@ -324,7 +327,7 @@ def _shipped(name: str) -> dict[str, Any]:
 
 
 def _read(preset: str | Path) -> dict[str, Any]:
-    if str(preset) in PRESETS:
+    if str(preset) in (*PRESETS, REFIT):
         return _shipped(str(preset))
     try:
         return tomllib.loads(Path(preset).read_text("utf-8"))

@@ -32,7 +32,7 @@ from logitwise.pair import Pair, open_pair
 from logitwise.polish import POLISHED, Polish
 from logitwise.preflight import check_settings
 from logitwise.quantizers import Reopened
-from logitwise.recipe import Recipe
+from logitwise.recipe import REFIT, Recipe
 from logitwise.runfolder import RunFolder, chain
 from logitwise.skeleton import Slot
 from logitwise.source import open_stored
@@ -107,7 +107,7 @@ def refit(
     Errors: InputError for what is refused before the work; UnmetError where nothing was gained: then nothing is
     written. MachineError where the machine fails, to be resumed.
     """
-    recipe, out, began = recipe or Recipe.load("refit"), Path(out), time.monotonic()
+    recipe, out, began = recipe or Recipe.load(REFIT), Path(out), time.monotonic()
     check_output(out, overwrite)
     _check(recipe, rows)
     with repeatable():
@@ -164,7 +164,7 @@ def refit(
 
 def _check(recipe: Recipe, rows: Rows | None) -> None:
     """Refuses what a refit does not read, before any work."""
-    usual = Recipe.load("refit")
+    usual = Recipe.load(REFIT)
     for key in sorted(Recipe.model_fields.keys() - READ):
         if getattr(recipe, key) != getattr(usual, key):
             raise RecipeError(
