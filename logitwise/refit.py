@@ -140,7 +140,7 @@ def refit(
                     f"the refit is no better than {checkpoint}",
                     f"on {len(data.held_out)} held-out rows KL was {before.kl.mean:.4f} and is {after.kl.mean:.4f}; "
                     "nothing was written",
-                    "give more rows or steps, more --final-blocks or --polish",
+                    f"give more rows or steps, more --final-blocks or --polish; {folder.path} has what is finished",
                 )
             report = {
                 "original": {"name": original_source.name, "sha256": pair.digest.split()[0]},
