@@ -62,7 +62,8 @@ def test_what_is_compiled_holds_no_quantizer(device: str) -> None:
     ("blocks", "steps", "matrices", "weights", "expected"),
     [
         (12, 300, 7, 147_456 * 12, False),  # a model of 22M parameters, each block once
-        (12, 4000, 7, 147_456 * 12, True),  # all its blocks together, for long
+        (12, 4000, 7, 147_456 * 12, False),  # all its blocks together
+        (12, 12_000, 7, 147_456 * 12, True),  # the same for long
         (32, 300, 7, 218_000_000, True),  # one of 8B
     ],
 )
