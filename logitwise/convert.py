@@ -17,7 +17,7 @@ from logitwise.preflight import describe
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedSource, open_stored
 from logitwise.watch import SILENT, Watcher
-from logitwise.writing import Written, read_back, read_report, write_model_files, write_tensors
+from logitwise.writing import REPORT, Written, read_back, read_report, write_model_files, write_tensors
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def export(
         if report is not None:
             weights = sum(slot.out_features * slot.in_features for slot in grids)
             report = _report(report, form, set(grids.values()), weights, written)
-            write_json(staging / "logitwise.json", report)
+            write_json(staging / REPORT, report)
             (staging / "README.md").write_text(model_card(report), encoding="utf-8")
         if verify:
             read_back(staging, form, written, watcher)

@@ -19,7 +19,7 @@ from logitwise.skeleton import Skeleton
 from logitwise.source import QuantizedSource, check_tokenizer, open_source, open_stored
 from logitwise.source.base import Source
 from logitwise.watch import SILENT, Watcher
-from logitwise.writing import read_report
+from logitwise.writing import REFIT_REPORT, REPORT, read_report
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,14 @@ class Contents:
         grid: of the quantized layers, in words; a line for each where there are several.
         tensors: (name, shape, how it is stored) of every tensor.
         report: what logitwise wrote about it, or None.
+        refit: what logitwise wrote about its refit, or None.
     """
 
     size: Size
     grid: str
     tensors: list[tuple[str, tuple[int, ...], str]]
     report: dict[str, Any] | None
+    refit: dict[str, Any] | None
 
 
 def inspect(model: str | Path) -> Contents:
@@ -171,8 +173,9 @@ def inspect(model: str | Path) -> Contents:
     several = len(grids) > 1
     in_words = "\n".join(f"{count} layers: {grid}" if several else grid for grid, count in sorted(grids.items()))
     tensors.sort(key=lambda entry: [int(part) if part.isdigit() else part for part in entry[0].split(".")])
-    report = read_report(Path(model)) if Path(model).is_dir() else None
-    return Contents(size_of(source), in_words or "full precision", tensors, report)
+    folder = Path(model)
+    reports = [read_report(folder, name) if folder.is_dir() else None for name in (REPORT, REFIT_REPORT)]
+    return Contents(size_of(source), in_words or "full precision", tensors, *reports)
 
 
 def _no_model() -> Any:

@@ -38,10 +38,7 @@ from logitwise.skeleton import Slot
 from logitwise.source import open_stored
 from logitwise.watch import SILENT, Watcher
 from logitwise.windows import NUMERICS, check_windows, final_blocks
-from logitwise.writing import read_back, write_changed
-
-REPORT = "refit.json"
-"""What was done, beside the checkpoint."""
+from logitwise.writing import REFIT_REPORT, read_back, write_changed
 
 READ = frozenset(
     {
@@ -156,7 +153,7 @@ def refit(
                 "versions": versions(),
                 "seconds": round(time.monotonic() - began, 1),
             }
-            write_json(staging / REPORT, report)
+            write_json(staging / REFIT_REPORT, report)
         if not keep_run:
             folder.remove()
     return Refitted(out, before, after, less, len(changed), report)

@@ -78,11 +78,15 @@ def write(
             "parameters": parameters,
             "audit": [asdict(fate) for fate in job.fates],
         }
-        write_json(staging / "logitwise.json", report)
+        write_json(staging / REPORT, report)
         (staging / "README.md").write_text(model_card(report), encoding="utf-8")
         if verify:
             read_back(staging, job.format, written, watcher)
     return report
+
+
+REPORT, REFIT_REPORT = "logitwise.json", "refit.json"
+"""What was made, and what a refit changed, beside the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ def write_model_files(staging: Path, source: Source, skeleton: Skeleton) -> None
         skeleton.model.generation_config.save_pretrained(staging)
 
 
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """What logitwise wrote about a checkpoint; None where it did not make it."""
-    path = folder / "logitwise.json"
+def read_report(folder: Path, name: str = REPORT) -> dict[str, Any] | None:
+    """What logitwise wrote about a checkpoint, or about its refit; None where it did neither."""
+    path = folder / name
     return json.loads(path.read_text("utf-8")) if path.is_file() else None

@@ -385,3 +385,5 @@ def test_command_line(folder: Path, text: Path, tmp_path: Path) -> None:  # noqa
     assert found.exit_code == 0
     assert "KL is lower by" in found.output
     assert "all others as they were" in " ".join(found.output.split())
+    found = CliRunner().invoke(app, ["inspect", str(tmp_path / "made")], catch_exceptions=False)
+    assert "refitted by logitwise: held-out KL" in found.output

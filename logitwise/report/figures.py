@@ -56,6 +56,9 @@ def show_contents(console: Console, found: Contents, every: bool) -> None:
     if found.report:
         recipe = found.report["recipe"]
         console.print(f"made by logitwise: {recipe['method']}, final blocks by {_kept(found.report)}")
+    if found.refit:
+        before, after = (found.refit[which]["kl"]["mean"] for which in ("before", "after"))
+        console.print(f"refitted by logitwise: held-out KL {after:.4f}, before {before:.4f}")
     for kind in sorted({kind for _, _, kind in found.tensors}):
         console.print(f"{sum(stored == kind for _, _, stored in found.tensors)} tensors in {kind}")
     if every:
