@@ -13,7 +13,7 @@ from logitwise import recipe as module
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
 from logitwise.quantizers import QUANTIZERS
-from logitwise.recipe import FALLS_WITH, PRESETS, Learning, Recipe, parse_settings
+from logitwise.recipe import FALLS_WITH, PRESETS, REFIT, Learning, Recipe, parse_settings
 
 PACKAGE = Path(logitwise.__file__).parent
 
@@ -27,7 +27,7 @@ def test_presets_load(preset: str) -> None:
 
 def test_every_shipped_file_is_a_preset_or_a_methods_own() -> None:
     shipped = {path.stem for path in (PACKAGE / "recipes").glob("*.toml")}
-    assert shipped == set(PRESETS) | set(QUANTIZERS) | {"polish"}
+    assert shipped == set(PRESETS) | set(QUANTIZERS) | {REFIT, "polish"}
 
 
 def test_standard_is_the_default_and_changes_win() -> None:
