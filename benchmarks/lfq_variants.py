@@ -32,6 +32,8 @@ GRIDS: dict[str, dict[str, Any]] = {
     "w2ch": {"bits": 2, "group_size": None},
     "w3ch": {"bits": 3, "group_size": None},
     "w4ch": {"bits": 4, "group_size": None},
+    "w3g64": {"bits": 3, "group_size": 64},
+    "w4g64": {"bits": 4, "group_size": 64},
     **{f"target {bits}": {"target_bits": bits, "scale_dtype": "float16"} for bits in (2.5, 3.0)},
     **{f"even {bits}": {"target_bits": bits, "scale_dtype": "float16", "sensitivity": "even"} for bits in (2.5, 3.0)},
 }
