@@ -30,6 +30,7 @@ GRIDS = {
     "w3g64": {"bits": 3, "group_size": 64},
     "w4g64": {"bits": 4, "group_size": 64},
 }
+OBJECTIVES = {"mse": {"objective": "mse"}, "lfq": {"objective": "lfq", "start_last": "start"}}
 
 
 def main() -> None:
@@ -79,11 +80,11 @@ def main() -> None:
             )
             with tempfile.TemporaryDirectory() as temporary:
                 run = Path(temporary) / "run"
-                for objective in ("mse", "lfq"):
+                for objective, settings in OBJECTIVES.items():
                     began = time.monotonic()
                     out = Path(temporary) / objective
                     result = logitwise.quantize(
-                        arguments.model, out, recipe.but(objective=objective), rows=train, run_folder=run, keep_run=True
+                        arguments.model, out, recipe.but(**settings), rows=train, run_folder=run, keep_run=True
                     )
                     made = open_source(out)
                     figures = as_json(likelihood(outputs(skeleton, made, test, batch=64), reference, test))

@@ -33,6 +33,7 @@ def signround(rate: float, **more: object) -> dict[str, object]:
     return {"method": "signround", "learning": {"rounding": learning, "range": learning}, **more}
 
 
+OBJECTIVES = {"mse": {"objective": "mse"}, "lfq": {"objective": "lfq", "start_last": "start"}}
 VARIANTS = {
     "rtn": {"method": "rtn", "learning": None},
     **{f"flexround {rate:g}": flexround(rate) for rate in (4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2)},
@@ -66,7 +67,7 @@ def main() -> None:
                 for objective in ("mse",) if recipe.method == "rtn" else ("mse", "lfq"):
                     began, out = time.monotonic(), Path(temporary) / "out"
                     made = quantize(
-                        model, out, recipe.but(objective=objective), run_folder=run, keep_run=True, overwrite=True
+                        model, out, recipe.but(**OBJECTIVES[objective]), run_folder=run, keep_run=True, overwrite=True
                     )
                     figures = as_json(likelihood(outputs(skeleton, open_source(out), rows), reference, rows))
                     seconds = round(time.monotonic() - began, 1)

@@ -21,16 +21,17 @@ import logitwise
 from logitwise.skeleton import Skeleton
 from logitwise.source import open_source
 
-HARD: dict[str, Any] = {"objective": "hard_labels"}
+SOFT: dict[str, Any] = {"objective": "lfq", "start_last": "start"}
+HARD: dict[str, Any] = {"objective": "hard_labels", "start_last": "start"}
 PROMPTS: dict[str, Any] = {"objective_settings": {"prompts": True}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "mse, held-out rows choose": {"objective": "mse"},
     "hard labels, prompts too, least batch (AutoRound)": {**HARD, **PROMPTS, "choose_last": "batch"},
     "hard labels, prompts too, last iterate": {**HARD, **PROMPTS, "choose_last": "last"},
     "hard labels, answers alone, last iterate": {**HARD, "choose_last": "last"},
-    "soft targets, least batch": {"choose_last": "batch"},
-    "soft targets, last iterate": {"choose_last": "last"},
-    "soft targets, held-out rows choose (LFQ)": {},
+    "soft targets, least batch": {**SOFT, "choose_last": "batch"},
+    "soft targets, last iterate": {**SOFT, "choose_last": "last"},
+    "soft targets, held-out rows choose (LFQ)": SOFT,
 }
 
 

@@ -37,21 +37,23 @@ GRIDS: dict[str, dict[str, Any]] = {
     **{f"target {bits}": {"target_bits": bits, "scale_dtype": "float16"} for bits in (2.5, 3.0)},
     **{f"even {bits}": {"target_bits": bits, "scale_dtype": "float16", "sensitivity": "even"} for bits in (2.5, 3.0)},
 }
+COMMON: dict[str, Any] = {"start_last": "start"}
+"""The start of all other blocks, so that variants differ in the objective alone; "from mse" is the default."""
 FITS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "objective": "mse"},
     "mse": {"objective": "mse"},
     "mse, last 600 steps": {"objective": "mse", "steps_last": 600},
-    "logit_mse": {"objective": "logit_mse"},
-    "hard_labels": {"objective": "hard_labels"},
-    "lfq": {},
-    "lfq K=2": {"final_blocks": 2},
-    "lfq K=4": {"final_blocks": 4},
-    "lfq K=4 shrinking": {"final_blocks": 4, "shrink": True},
-    "lfq from mse": {"start_last": "mse"},
-    "lfq K=2 from mse": {"final_blocks": 2, "start_last": "mse"},
-    "lfq K=4 from mse": {"final_blocks": 4, "start_last": "mse"},
-    "lfq K=12 from mse": {"final_blocks": 12, "start_last": "mse"},
-    "lfq quantized teacher": {"teacher_last": "quantized"},
+    "logit_mse": {"objective": "logit_mse", **COMMON},
+    "hard_labels": {"objective": "hard_labels", **COMMON},
+    "lfq": COMMON,
+    "lfq K=2": {"final_blocks": 2, **COMMON},
+    "lfq K=4": {"final_blocks": 4, **COMMON},
+    "lfq K=4 shrinking": {"final_blocks": 4, "shrink": True, **COMMON},
+    "lfq from mse": {},
+    "lfq K=2 from mse": {"final_blocks": 2},
+    "lfq K=4 from mse": {"final_blocks": 4},
+    "lfq K=12 from mse": {"final_blocks": 12},
+    "lfq quantized teacher": {"teacher_last": "quantized", **COMMON},
 }
 KINDS = ("both", "solutions", "chat", "wikitext", "own", "own-tasks")
 POLISH: dict[str, dict[str, Any]] = {

@@ -48,7 +48,7 @@ USUAL: dict[str, Any] = {
     **{"bits": 2, "group_size": 64, "row_tokens": 256, "held_out": HELD_OUT, "checks": 10},
     **{"rows": 512, "steps": 300, "batch": 8},
     **{"rows_last": 16300, "steps_last": 1200, "batch_last": 32, **rates(4e-3)},
-    **{"final_blocks": 12, "start_last": "mse"},
+    **{"final_blocks": 12},
 }
 POLISHED: dict[str, Any] = {"polish": True, "polish_batch": 32}
 FACTORS: dict[str, list[Any]] = {
@@ -57,7 +57,7 @@ FACTORS: dict[str, list[Any]] = {
     "final_blocks": [1, 2, 4, 8],
     "steps": [100, 1200],  # of the MSE fits that all starts from
 }
-MSE: dict[str, Any] = {"objective": "mse", "start_last": "start", "final_blocks": 1, "learning_last": None}
+MSE: dict[str, Any] = {"objective": "mse", "final_blocks": 1, "learning_last": None}
 ALIKE: dict[str, Any] = {"rows_last": None, "steps_last": None, "batch_last": None}
 VARIANTS: dict[str, dict[str, Any]] = {
     "mse": {**MSE, **ALIKE},

@@ -171,7 +171,7 @@ class Recipe(_Frozen):
     )
     start: str = Field("searched", description="where a fit starts")
     start_last: Literal["start", "mse"] = Field(
-        "start", description="where the final blocks start: as the others, or at their own MSE fit"
+        "mse", description="where the final blocks start: at their own MSE fit, or where the others start"
     )
     choose_last: Literal["held_out", "batch", "last"] = Field(
         "held_out",

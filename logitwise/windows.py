@@ -81,10 +81,11 @@ def plan_steps(
     fits = [(blocks, False) for blocks in _sliding(recipe, depth)]
     if OBJECTIVES[recipe.objective].reads_head:
         fits += [(range(first, depth), True) for first in range(fork, depth if recipe.shrink else fork + 1)]
-    sources = _sources(fits, recipe.start_last == "mse")
+    is_start = recipe.start_last == "mse" and OBJECTIVES[recipe.objective].reads_head
+    sources = _sources(fits, is_start)
     steps: list[Step] = []
     for index, (blocks, refit) in enumerate(fits):
-        last = refit or (blocks[-1] >= fork and recipe.start_last == "start")
+        last = refit or (blocks[-1] >= fork and not is_start)
         length = recipe.steps_last if last and recipe.steps_last is not None else recipe.steps
         batch = (last and recipe.batch_last) or recipe.batch
         train = min((last and recipe.rows_last) or recipe.rows, most)

@@ -164,7 +164,7 @@ def test_two_final_blocks_are_fitted_together(folder: Path, text: Path, tmp_path
 
 
 def test_final_windows_shrink_and_each_keeps_its_first_block(folder: Path, text: Path, tmp_path: Path) -> None:
-    changes = {"final_blocks": 2, "shrink": True, "steps": 20, "start_last": "mse"}
+    changes = {"final_blocks": 2, "shrink": True, "steps": 20}
     run = {"run_folder": tmp_path / "run", "keep_run": True}
     result = logitwise.quantize(folder, tmp_path / "out", recipe(text, **changes), **run)
     windows = {(tuple(w["blocks"]), w["objective"]): w for w in result.report["windows"]}
@@ -185,7 +185,7 @@ def test_final_windows_shrink_and_each_keeps_its_first_block(folder: Path, text:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"start_last": "mse"},
+        {"start_last": "start"},
         {"teacher_last": "quantized"},
         {"learning_last": {"scale": {"optimizer": "adam", "rate": 1e-4, "schedule": "linear"}}},
         {"objective_settings": {"temperature": 2.0}},
@@ -292,7 +292,7 @@ def test_the_iterate_of_the_least_batch_may_be_kept(folder: Path, text: Path, tm
 
 def test_a_block_may_stay_in_full_precision(folder: Path, text: Path, tmp_path: Path) -> None:
     for name, blocks in (("one", 1), ("all", "all")):
-        made = recipe(text, keep=("*layers.0.*",), final_blocks=blocks, start_last="mse")
+        made = recipe(text, keep=("*layers.0.*",), final_blocks=blocks)
         result = logitwise.quantize(folder, tmp_path / name, made)
         assert len(result.report["windows"]) == 3
         assert "model.layers.0.mlp.up_proj.weight" in open_source(tmp_path / name).names()
@@ -351,15 +351,18 @@ def test_fresh_rows_arrive_as_the_rows_there_are(folder: Path, text: Path, tmp_p
 
 
 def test_all_blocks_may_be_final(folder: Path, text: Path, tmp_path: Path) -> None:
-    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, final_blocks="all", start_last="mse"))
+    result = logitwise.quantize(folder, tmp_path / "out", recipe(text, final_blocks="all"))
     assert [window["blocks"] for window in result.report["windows"]] == [[0, 0], [1, 1], [0, 1]]
 
 
-@pytest.mark.parametrize(("start_last", "expected"), [("start", [6, 9, 9, 9]), ("mse", [6, 6, 6, 9])])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({"start_last": "start"}, [6, 9, 9, 9]), ({}, [6, 6, 6, 9]), ({"objective": "mse"}, [6, 9, 9])],
+)
 def test_an_mse_fit_is_as_long_as_what_it_is_held_against_and_short_where_it_is_a_start(
-    start_last: str, expected: list[int]
+    changes: dict[str, str], expected: list[int]
 ) -> None:
-    made = logitwise.Recipe.load(None, steps=6, steps_last=9, final_blocks=2, start_last=start_last)
+    made = logitwise.Recipe.load(None, **{"steps": 6, "steps_last": 9, "final_blocks": 2, **changes})
     assert [step.steps for step in plan_steps(made, 3, "root")] == expected
 
 
@@ -368,7 +371,7 @@ def test_more_rows_for_the_final_block_leave_the_blocks_before_as_they_are(
 ) -> None:
     listener = Listener()
     place = {"run_folder": tmp_path / "run", "keep_run": True}
-    few = recipe(text, start_last="mse", rows=8, rows_last=16)
+    few = recipe(text, rows=8, rows_last=16)
     logitwise.quantize(folder, tmp_path / "few", few, **place)
     logitwise.quantize(folder, tmp_path / "more", few.but(rows_last=12), watcher=listener, **place)
     assert "2 of 3 fits were finished before" in listener.said
@@ -393,7 +396,7 @@ def test_a_start_that_knows_its_inputs_makes_round_to_nearest_better(
 def test_final_blocks_that_start_at_their_own_fit_start_exactly_there(
     start: str, folder: Path, text: Path, tmp_path: Path
 ) -> None:
-    made = recipe(text, start=start, start_last="mse", final_blocks=2, steps_last=0)
+    made = recipe(text, start=start, final_blocks=2, steps_last=0)
     result = logitwise.quantize(folder, tmp_path / "out", made.but(choose_last="last"))
     assert result.held_out_kl["lfq"] == pytest.approx(result.held_out_kl["mse"], rel=1e-5)
     plain = logitwise.quantize(folder, tmp_path / "mse", recipe(text, start=start, objective="mse"))

@@ -18,7 +18,7 @@ OF_THE_REFIT: dict[str, Any] = {
     "fresh_last": True,
     "shrink": True,
     "teacher_last": "quantized",
-    "start_last": "mse",
+    "start_last": "start",
     "learning_last": LEARNING,
     "objective_settings": {"temperature": 2.0},
 }

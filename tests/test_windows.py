@@ -61,7 +61,7 @@ def test_windows_slide_to_the_last_block(depth: int, changes: dict[str, object],
 
 
 def test_a_block_that_is_fitted_again_starts_from_what_it_has_learned() -> None:
-    steps = plan(4, window=2, final_blocks=2, start_last="mse", shrink=True)
+    steps = plan(4, window=2, final_blocks=2, shrink=True)
     keys = [step.key for step in steps]
     assert [step.starts for step in steps] == [
         (None, None),
@@ -71,7 +71,7 @@ def test_a_block_that_is_fitted_again_starts_from_what_it_has_learned() -> None:
         (keys[3],),
     ]
     assert [step.keeps_state for step in steps] == [True, True, True, True, False]
-    fresh = plan(4, window=2, final_blocks=2)
+    fresh = plan(4, window=2, final_blocks=2, start_last="start")
     assert fresh[-1].starts == (None, None)
     assert [step.keeps_state for step in fresh] == [True, True, False, False]
     made = made_by_mse(steps)
@@ -92,7 +92,8 @@ def test_windows_have_settings_of_their_own() -> None:
         {"blocks": [1, 1], "batch": 2, "learning": {"scale": adam}},
         {"blocks": [-1, -1], "steps": 0},
     ]
-    steps, plain = plan(4, windows=own, rows=8), plan(4, rows=8)
+    apart = {"rows": 8, "start_last": "start"}  # so that the last fit's key has nothing of the one before it
+    steps, plain = plan(4, windows=own, **apart), plan(4, **apart)
     assert [(step.steps, step.batch, step.train) for step in steps] == [
         (9, 4, 6),
         (9, 2, 6),
@@ -103,7 +104,7 @@ def test_windows_have_settings_of_their_own() -> None:
     assert [step.learning["scale"].rate == 0.5 for step in steps] == [False, True, False, False, False]
     assert steps[1].learning["rounding"] == plain[1].learning["rounding"]
     assert [step.key == other.key for step, other in zip(steps, plain, strict=True)] == 5 * [False]
-    later = plan(4, windows=own[2:], rows=8)
+    later = plan(4, windows=own[2:], **apart)
     assert [step.key == other.key for step, other in zip(later, plain, strict=True)] == [True] * 3 + [False, True]
     assert [step.train for step in plan_steps(recipe(windows=own, rows=8), 4, "root", most=5)] == [5] * 5
 
@@ -149,8 +150,9 @@ def test_stages_and_what_they_leave_out_are_in_the_keys() -> None:
     assert len(keys) == 5
     assert not set.intersection(*map(set, keys))
     # The final block's fit comes after others whose key has it anyway; here there are none before it.
-    (_, plain), (_, staged) = (plan(1, left_out=0.0, **given) for given in ({}, {"stages": [STAGE]}))
-    (_, other), (_, other_staged) = (plan(1, left_out=0.1, **given) for given in ({}, {"stages": [STAGE]}))
+    apart = [{"start_last": "start"}, {"start_last": "start", "stages": [STAGE]}]
+    (_, plain), (_, staged) = (plan(1, left_out=0.0, **given) for given in apart)
+    (_, other), (_, other_staged) = (plan(1, left_out=0.1, **given) for given in apart)
     assert plain.key == other.key
     assert staged.key != other_staged.key
 
@@ -160,15 +162,17 @@ def test_stages_and_what_they_leave_out_are_in_the_keys() -> None:
     [
         {},
         {"method": "gsq"},
-        {"method": "gsq", "start_last": "mse", "start": "gptq"},
+        {"method": "gsq", "start": "gptq"},
+        {"start_last": "start"},
+        {"final_blocks": 2, "shrink": True, "start_last": "start"},
         {"final_blocks": 3},
         {"window": 2},
         {"window": 2, "final_blocks": 2},
         {"window": 2, "grow": True, "objective": "mse"},
-        {"window": 3, "stride": 2, "final_blocks": 2, "start_last": "mse"},
-        {"window": 2, "final_blocks": 2, "start": "gptq", "start_last": "mse"},
+        {"window": 3, "stride": 2, "final_blocks": 2},
+        {"window": 2, "final_blocks": 2, "start": "gptq"},
         {"window": 2, "final_blocks": 3, "shrink": True},
-        {"final_blocks": 2, "shrink": True, "start_last": "mse"},
+        {"final_blocks": 2, "shrink": True},
     ],
     ids=str,
 )
