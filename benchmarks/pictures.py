@@ -1,11 +1,12 @@
 """The pictures of docs/.
 
 python benchmarks/pictures.py --out docs/pictures --results docs/results/lfq_variants_w2_h100.json
-    --own-text docs/results/own_text_h100.json
+    --own-text docs/results/own_text_h100.json --methods docs/results/methods_h100.json
 """
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -31,6 +32,14 @@ PANELS = {  # of a factor: what it is called, what is shown of a value, how that
     "steps_last": ("steps of all blocks together", lambda steps: steps, lambda x: f"{x:,.0f}"),
     "steps": ("steps of each MSE fit before", lambda steps: steps, lambda x: f"{x:,.0f}"),
 }
+METHODS = {
+    "flexround": "FlexRound",
+    "signround": "SignRound",
+    "lrq": "LRQ",
+    "block_ap": "Block-AP",
+    "lwc": "OmniQuant's\nclipping",
+}
+GRIDS = {"w2g64": "W2 g64", "w3ch": "W3 per channel", "w4ch": "W4 per channel"}
 PLAIN, POLISHED, INK = "#9aa5b1", "#1f77b4", "#30363d"
 
 
@@ -39,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, nargs="+", required=True)
     parser.add_argument("--own-text", type=Path, required=True)
+    parser.add_argument("--methods", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--grid", default="w2g64")
     given = parser.parse_args()
@@ -49,6 +59,7 @@ def main() -> None:
         results + [row for row in own if row["variant"].startswith("usual")], given.grid, given.out / "variants.svg"
     )
     factors(own, given.out / "factors.svg")
+    methods(json.loads(given.methods.read_text())["results"], given.out / "methods.svg")
     path(given.out / "lfq.svg")
 
 
@@ -103,6 +114,39 @@ def factors(results: list[dict], out: Path) -> None:
 def is_value(name: str, key: str) -> bool:
     """Whether a variant is other than usual in this one factor alone."""
     return name.startswith(f"{key}=") and name.removeprefix(f"{key}=").replace(".", "").isdecimal()
+
+
+def methods(results: list[dict], out: Path) -> None:
+    """KL against the steps of a block, for each method by MSE (dotted) and by LFQ; means over seeds."""
+    figure, every = plt.subplots(1, len(GRIDS), figsize=(11, 3.2))
+    for axes, (grid, title) in zip(every, GRIDS.items(), strict=True):
+        for index, (method, name) in enumerate(METHODS.items()):
+            for fit, line in (("mse", ":"), ("lfq from mse", "-")):
+                kl: dict[int, list[float]] = defaultdict(list)
+                for row in results:
+                    if (row["grid"], row["variant"]) == (grid, f"method={method}: {fit}"):
+                        kl[steps_of(row)].append(row["figures"]["development"]["kl"]["mean"])
+                means = [float(np.mean(kl[steps])) for steps in sorted(kl)]
+                axes.plot(
+                    sorted(kl), means, f"o{line}", color=f"C{index}", markersize=3, label=name if line == "-" else None
+                )
+        axes.set(xscale="log", yscale="log", title=title)
+        axes.set_xlabel("steps a block", fontsize=9)
+        axes.set_xticks(sorted(kl), map(str, sorted(kl)))
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(labelsize=8, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0].set_ylabel("KL to full precision,\nnats a token")
+    every[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, out)
+
+
+def steps_of(row: dict) -> int:
+    """Steps of a block's fit: 300, where the settings do not say otherwise."""
+    settings = dict(each.split("=", 1) for each in row["settings"])
+    return int(settings.get("steps", 300))
 
 
 def path(out: Path) -> None:

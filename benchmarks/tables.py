@@ -35,9 +35,7 @@ def main() -> None:
     grids: dict[str, dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     for file in given.files:
         for row in json.loads(file.read_text())["results"]:
-            kind = row.get("calibration", "both")
-            grid = row["grid"] if kind == "both" else f"{row['grid']}, calibrated on {kind}"
-            grids[grid][row["variant"]][row["seed"]] = row
+            grids[title(row)][row["variant"]][row["seed"]] = row
     full = next((found[FULL] for found in grids.values() if FULL in found), {})
     for grid, variants in grids.items():
         rows = [row for by_seed in variants.values() for row in by_seed.values()]
@@ -51,13 +49,27 @@ def main() -> None:
             back = sum(fell_back(row) for row in found)
             mark = f" (MSE fit kept in {back} of {len(found)})" if back else ""
             cells = [f"{name}{mark}", str(len(found)), f"{mean(found, 'development', 'kl'):.4f}"]
-            cells += [interval(by_seed, variants.get(given.against, {}))]
+            cells += [interval(by_seed, variants.get(partner(name, given.against), {}))]
             cells += [f"{mean(found, place, 'kl'):.4f}" for place in places]
             last = next(iter(places), "development")
             cells += [f"{mean(found, last, 'top1'):.4f}", f"{mean(found, last, 'perplexity'):.3f}"]
             cells += [share(right(found, lambda kind: not is_harder(kind)))] if asked else []
             print(f"| {' | '.join(cells)} |")
         harder({FULL: full} | variants, given.against)
+
+
+def title(row: dict[str, Any]) -> str:
+    """Of a row's table: its grid, what it was calibrated on, and settings of all variants."""
+    kind = row.get("calibration", "both")
+    return ", ".join(
+        [row["grid"], *(row.get("settings") or []), *([] if kind == "both" else [f"calibrated on {kind}"])]
+    )
+
+
+def partner(name: str, against: str) -> str:
+    """The variant that another is compared with: of the same setting, where they have one ("method=lrq: lfq")."""
+    each, separator, _ = name.rpartition(": ")
+    return each + separator + against
 
 
 def mean(rows: list[dict[str, Any]], place: str, figure: str) -> float:
