@@ -1,9 +1,9 @@
 """Blocks with learned weights, one after another, to go backward through.
 
-A small model's step is bound by launches and not by arithmetic: on a GPU its blocks are recorded as CUDA graphs,
-forward and backward, and replayed; their gradients lie in the recording's memory and are to be used, and set to None,
-before the next step. Where blocks are large, or their activations do not fit beside each other, only one is in memory
-with its activations: each is run once more when its gradient's turn comes.
+Where their activations do not fit beside each other, only one block is in memory with its activations: each is run once
+more when its gradient's turn comes. A small model's step is bound by launches and not by arithmetic: on a GPU its blocks
+are recorded as CUDA graphs, forward and backward, and replayed; their gradients lie in the recording's memory and are to
+be used, and set to None, before the next step.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from logitwise.memory import free_memory
 
 RECORDED_WEIGHTS = 1 << 27
 """Weights of all blocks together up to which launches cost more than arithmetic."""
@@ -76,18 +78,21 @@ class LearnableBlocks:
         self.blocks, self.weights, self.may_record = list(blocks), weights, may_record
         self._recorded: tuple[Callable[..., Tensor], ...] = ()
         self._shape: torch.Size | None = None
+        self._fit = False
 
     def __call__(self, hidden: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens leaving"]:
         """The last block's output."""
         if self._shape is None:
-            self._shape = hidden.shape
-            if self.may_record and self._is_worth_recording(hidden):
+            self._shape, self._fit = hidden.shape, self._fits(hidden)
+            if self._fit and self.may_record and self._is_worth_recording(hidden):
                 self._record(hidden)
-        if self._recorded and hidden.shape == self._shape:
+        as_first = hidden.shape == self._shape
+        if self._recorded and as_first:
             for block in self._recorded:
                 hidden = block(hidden)
-        elif len(self.blocks) == 1:
-            hidden = self.blocks[0](hidden)
+        elif len(self.blocks) == 1 or (self._fit and as_first):
+            for block in self.blocks:
+                hidden = block(hidden)
         else:
             for block in self.blocks:
                 hidden = _RunAgain.apply(block, hidden, *block.parameters())  # type: ignore[no-untyped-call]
@@ -95,11 +100,12 @@ class LearnableBlocks:
 
     def _is_worth_recording(self, hidden: Tensor) -> bool:
         learned = all(any(parameter.requires_grad for parameter in block.parameters()) for block in self.blocks)
-        if not hidden.is_cuda or not learned or self.weights > RECORDED_WEIGHTS:
-            return False
-        torch.cuda.empty_cache()  # what torch keeps for later is free too
-        free, _ = torch.cuda.mem_get_info(hidden.device)
-        return ACTIVATIONS * len(self.blocks) * hidden.nbytes + BYTES_A_WEIGHT * self.weights < free // 2
+        return hidden.is_cuda and learned and self.weights <= RECORDED_WEIGHTS
+
+    def _fits(self, hidden: Tensor) -> bool:
+        """Whether all blocks may be in memory with their activations at once, and half of what is free be left."""
+        needed = ACTIVATIONS * len(self.blocks) * hidden.nbytes + BYTES_A_WEIGHT * self.weights
+        return needed < free_memory(hidden.device) // 2
 
     def _record(self, hidden: Tensor) -> None:
         # Copies, because recording changes a module's forward; the blocks themselves take hidden states of any shape.

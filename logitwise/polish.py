@@ -20,6 +20,7 @@ from logitwise.errors import MachineError
 from logitwise.fit import Data, batches_of
 from logitwise.grid import Quantized, merge, split, store_through
 from logitwise.learnable import LearnableBlock, LearnableBlocks
+from logitwise.memory import free_memory
 from logitwise.objectives.soft import compare, soft_cross_entropy
 from logitwise.recipe import Recipe
 from logitwise.skeleton import Call, Skeleton, Slot
@@ -111,12 +112,9 @@ class Polish:
         ]
 
     def _fits(self) -> bool:
-        """Whether every block's codes may stay on the device; on a CPU they stay on disk, which it keeps in mind."""
-        if self.skeleton.device.type != "cuda":
-            return False
+        """Whether every block's codes may stay on the device, and half of what is free be left."""
         bytes_of_codes = sum(p.numel() for p in self.skeleton.blocks.parameters())
-        free, _ = torch.cuda.mem_get_info(self.skeleton.device)
-        return bytes_of_codes < free // 2
+        return bytes_of_codes < free_memory(self.skeleton.device) // 2
 
     def _open(self, index: int) -> _Block:
         frozen = self._read(index)

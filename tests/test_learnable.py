@@ -63,11 +63,24 @@ def test_learning_is_that_of_the_plain_composition(count: int, device: str) -> N
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_of_several_blocks_each_runs_once_more_going_backward() -> None:
+@pytest.mark.parametrize(("free", "expected"), [(1 << 30, [0, 1, 2]), (0, [0, 1, 2, 2, 1, 0])])
+def test_blocks_run_once_more_going_backward_where_they_do_not_fit_together(
+    free: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learnable, "free_memory", lambda device: free)
     ran: list[int] = []
     own = layers(3, "cpu")
     LearnableBlocks(blocks_of(own, ran), 126)(torch.ones(1, 2, 6)).sum().backward()
-    assert ran == [0, 1, 2, 2, 1, 0]
+    assert ran == expected
+
+
+def test_kept_or_run_again_gradients_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for free in (1 << 30, 0):
+        monkeypatch.setattr(learnable, "free_memory", lambda device, free=free: free)
+        own = layers(3, "cpu")
+        found.append(steps(LearnableBlocks(blocks_of(own), 126), own, "cpu"))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_one_block_keeps_its_activations() -> None:
