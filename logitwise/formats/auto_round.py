@@ -20,13 +20,22 @@ from typing import Any
 import torch
 
 from logitwise.formats.awq import Awq
-from logitwise.formats.checks import AUTOROUND_KEYS, Rule, by_layer, compiled, expect, nothing_left, unread
+from logitwise.formats.checks import (
+    AUTOROUND_KEYS,
+    FULL_PRECISION,
+    Rule,
+    by_layer,
+    compiled,
+    expect,
+    integers_only,
+    nothing_left,
+    unread,
+)
 from logitwise.formats.gptq import SETTINGS, V1, V2, Gptq
 from logitwise.formats.safetensors import SafetensorsFormat, described
 from logitwise.grid import Grid
 
 METHOD = "auto-round"
-FULL_PRECISION = 16
 NEUTRAL_KEYS = AUTOROUND_KEYS | {"packing_format"}
 ALL_BITS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -91,7 +100,7 @@ def grids_of(config: Mapping[str, Any], grid_of: Callable[[Mapping[str, Any]], G
     """
     rest = dict(config)
     expect(rest, "quant_method", METHOD)
-    _only_whole_numbers(rest)
+    integers_only(rest)
     settings = {key: rest.pop(key, None) for key in SETTINGS}
     layers = rest.pop("extra_config", None) or {}
     nothing_left(rest, NEUTRAL_KEYS)
@@ -99,15 +108,6 @@ def grids_of(config: Mapping[str, Any], grid_of: Callable[[Mapping[str, Any]], G
         raise unread("extra_config", repr(layers), "a JSON object")
     named = [_rule(name, layers[name], settings, grid_of) for name in layers]
     return by_layer([exact for exact, _ in named] + [found for _, found in named], grid_of(settings))
-
-
-def _only_whole_numbers(settings: dict[str, Any], where: str = "quantization_config") -> None:
-    """Takes what says that weights are integers and that nothing else is quantized, rescaled or rotated."""
-    for key in [key for key in settings if key.startswith("act_") or key in ("super_bits", "super_group_size")]:
-        if settings[key] is None or (key == "act_bits" and settings[key] == FULL_PRECISION):
-            del settings[key]
-    expect(settings, "data_type", None, "int", where=where)
-    expect(settings, "rotation_config", None, where=where)
 
 
 def _rule(
@@ -121,7 +121,7 @@ def _rule(
     changed = {key: rest.pop(key) for key in SETTINGS if key in rest}
     grid = None
     if changed.get("bits") != FULL_PRECISION:
-        _only_whole_numbers(rest, where)
+        integers_only(rest, where)
         nothing_left(rest, frozenset(), where)
         grid = grid_of({**settings, **changed})
     return (name.__eq__, grid), (compiled(where, name).search, grid)

@@ -20,6 +20,7 @@ from torch import Tensor
 from logitwise.formats.checks import (
     AUTOROUND_KEYS,
     expect,
+    integers_only,
     name_of,
     nothing_left,
     refusal,
@@ -125,7 +126,7 @@ class Awq(SafetensorsFormat):
         if type(asymmetric) is not bool:
             raise unread("zero_point", repr(asymmetric), "true or false")
         expect(rest, "sym", None, not asymmetric)
-        expect(rest, "data_type", None, "int")
+        integers_only(rest)
         version = rest.pop("version", None)
         if not isinstance(version, str) or version.lower() != "gemm":
             raise unread("version", repr(version), "'gemm'")

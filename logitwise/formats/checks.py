@@ -13,6 +13,9 @@ from logitwise.grid import Grid, Quantized
 Rule = tuple[Callable[[str], object], Grid | None]
 """Whether a layer is meant, by its module; and the grid of such layers, None where they are in full precision."""
 
+FULL_PRECISION = 16
+"""The bits that AutoRound names for what is not quantized."""
+
 AUTOROUND_KEYS = frozenset(
     {
         "amp",
@@ -126,6 +129,14 @@ def expect(config: dict[str, Any], key: str, *allowed: object, where: str = "qua
     value = config.pop(key, None)
     if value not in allowed:
         raise unread(key, repr(value), " or ".join(repr(one) for one in allowed), where)
+
+
+def integers_only(config: dict[str, Any], where: str = "quantization_config") -> None:
+    """Takes AutoRound's keys that say that weights are integers, and nothing else is quantized, rescaled or rotated."""
+    for key in [key for key in config if key.startswith("act_") or key in ("super_bits", "super_group_size")]:
+        expect(config, key, None, *([FULL_PRECISION] if key == "act_bits" else []), where=where)
+    expect(config, "data_type", None, "int", where=where)
+    expect(config, "rotation_config", None, where=where)
 
 
 def whole(config: dict[str, Any], key: str, expected: str = "a whole number") -> int:

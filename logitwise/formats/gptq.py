@@ -31,6 +31,7 @@ from logitwise.formats.checks import (
     by_layer,
     compiled,
     expect,
+    integers_only,
     name_of,
     nothing_left,
     refusal,
@@ -230,6 +231,7 @@ class Gptq(SafetensorsFormat):
         expect(rest, "lm_head", None, False, True)  # whether it is quantized its tensors tell
         expect(rest, "is_marlin_format", None, False)
         expect(rest, "pack_dtype", None, "int32")
+        integers_only(rest)
         dynamic = rest.pop("dynamic", None) or {}
         settings = {key: rest.pop(key, None) for key in SETTINGS}
         nothing_left(rest, NEUTRAL_KEYS)
