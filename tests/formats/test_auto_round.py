@@ -187,6 +187,22 @@ def test_a_checkpoint_is_read_and_its_layers_put_back(packing: str, tmp_path: Pa
         assert (tmp_path / "made" / file).read_bytes() == (tmp_path / "came" / file).read_bytes()
 
 
+def test_a_quantized_head_is_read(tmp_path: Path):
+    model = random_model(llama_config(vocab_size=104))
+    config = CONFIG | {"bits": 2, "extra_config": {"lm_head": {"bits": 8, "group_size": -1, "data_type": "int"}}}
+    state, form, grid = model.state_dict(), packed_as(config), Grid(8, None, True)
+    head = random_quantized(104, 32, grid)
+    del state["lm_head.weight"]
+    write_checkpoint(tmp_path, (state | form.tensors("lm_head", head)).items())
+    write_config(tmp_path, model.config, config, torch.bfloat16)
+    source = open_source(tmp_path)
+    assert isinstance(source, QuantizedFolder)
+    found = source.quantized("lm_head.weight")
+    assert found is not None
+    assert_same(found, head)
+    assert source.grid("model.layers.0.mlp.up_proj.weight") is None
+
+
 def test_a_layer_that_should_be_in_full_precision_is_refused(tmp_path: Path):
     write(tmp_path, CONFIG)
     described = json.loads((tmp_path / "config.json").read_text())
