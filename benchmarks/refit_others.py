@@ -34,6 +34,7 @@ SETTINGS = {
     **{"steps": 300, "polish_steps": 300, "batch": 8, "compute_dtype": "float32"},
     **{"rows": 512, "row_tokens": 256, "held_out": 16},
 }
+"""Of every refit; what begins with polish_, of those that polish."""
 CAME = "as it came"
 VARIANTS: dict[str, dict[str, Any]] = {
     "refit": {},
@@ -107,7 +108,9 @@ def work(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         run, out = Path(temporary) / "run", Path(temporary) / "out"
         for name in given.variants:
-            began, recipe = time.monotonic(), logitwise.Recipe.load(REFIT, **{**base, **VARIANTS[name]})
+            began, asks = time.monotonic(), {**base, **VARIANTS[name]}
+            read = {key: asks[key] for key in asks if "polish" in asks or not key.startswith("polish_")}
+            recipe = logitwise.Recipe.load(REFIT, **read)
             try:
                 result = logitwise.refit(
                     checkpoint,
