@@ -8,12 +8,14 @@
     auto_round:auto_awq, auto_round:awq    as AWQ "gemm"
 
 `bits`, `group_size` and `sym` are those of every layer but the ones that `extra_config` names, by their module or else
-by a regular expression that is found anywhere in it, of which the first counts; what it leaves out stays. There are 2
-to 8 bits, 5 to 7 of them in the same dense stream; scales are float16 and, on symmetric grids, of either sign. A
-checkpoint is read and refitted, not written anew. Keys and layouts are those of auto-round 0.16.1
+by a regular expression that is found anywhere in it, of which the first counts; what it leaves out stays. (A name of
+letters and dots is a module: AutoRound writes no pattern without other signs.) There are 2 to 8 bits, 5 to 7 of them in
+the same dense stream; scales are float16 and, on symmetric grids, of either sign. A checkpoint is read and refitted, not
+written anew. Keys and layouts are those of auto-round 0.16.1
 (`export_to_autoround/export.py`, `inference/convert_model.py`, `auto_round_extension/torch/qlinear_torch.py`).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +40,7 @@ from logitwise.grid import Grid
 METHOD = "auto-round"
 NEUTRAL_KEYS = AUTOROUND_KEYS | {"packing_format"}
 ALL_BITS = (2, 3, 4, 5, 6, 7, 8)
+MODULE = re.compile(r"[\w.-]+")
 
 
 class LikeGptq(Gptq):
@@ -84,7 +87,7 @@ def packed_as(config: Mapping[str, Any]) -> SafetensorsFormat:
     Errors: FormatError, where it is none that is read.
     """
     packing = config.get("packing_format")
-    if packing not in PACKINGS:
+    if not isinstance(packing, str) or packing not in PACKINGS:
         raise unread("packing_format", repr(packing), ", ".join(map(repr, PACKINGS)))
     return PACKINGS[packing]
 
@@ -106,22 +109,22 @@ def grids_of(config: Mapping[str, Any], grid_of: Callable[[Mapping[str, Any]], G
     nothing_left(rest, NEUTRAL_KEYS)
     if not isinstance(layers, Mapping):
         raise unread("extra_config", repr(layers), "a JSON object")
-    named = [_rule(name, layers[name], settings, grid_of) for name in layers]
-    return by_layer([exact for exact, _ in named] + [found for _, found in named], grid_of(settings))
+    names = sorted(layers, key=lambda name: MODULE.fullmatch(name) is None)  # modules before patterns, in their order
+    return by_layer([_rule(name, layers[name], settings, grid_of) for name in names], grid_of(settings))
 
 
 def _rule(
     name: str, changes: object, settings: Mapping[str, Any], grid_of: Callable[[Mapping[str, Any]], Grid]
-) -> tuple[Rule, Rule]:
-    """What `extra_config` says of one name: of the layer that has it, and of those that it is found in."""
+) -> Rule:
+    """What `extra_config` says of the layer that has this name, or of those that the pattern is found in."""
     where = f"extra_config: {name}"
     if not isinstance(changes, Mapping):
         raise unread(where, repr(changes), "a JSON object")
+    means = name.__eq__ if MODULE.fullmatch(name) else compiled(where, name).search
     rest = {key: value for key, value in changes.items() if value is not None}
     changed = {key: rest.pop(key) for key in SETTINGS if key in rest}
-    grid = None
-    if changed.get("bits") != FULL_PRECISION:
-        integers_only(rest, where)
-        nothing_left(rest, frozenset(), where)
-        grid = grid_of({**settings, **changed})
-    return (name.__eq__, grid), (compiled(where, name).search, grid)
+    if changed.get("bits") == FULL_PRECISION:
+        return means, None
+    integers_only(rest, where)
+    nothing_left(rest, frozenset(), where)
+    return means, grid_of({**settings, **changed})

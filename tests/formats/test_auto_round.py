@@ -98,11 +98,13 @@ def test_layers_with_settings_of_their_own():
             r"layers\.1\.": {"bits": 8},
             "model.layers.0.mlp.down_proj": {"bits": 16},
             "model.layers.1.mlp.gate_proj": {"bits": 2, "group_size": -1},
+            "model.layers.0.mlp.gate": {"bits": 16},  # a router, and no pattern of gate_proj
             "lm_head": {"bits": 8, "group_size": 64, "sym": True, "data_type": "int", "act_bits": 16, "act_sym": None},
         }
     }
     grid_of = packed_as(config).grids_of(config, torch.float16)
     assert grid_of("model.layers.0.mlp.up_proj") == Grid(3, 32, True)
+    assert grid_of("model.layers.0.mlp.gate_proj") == Grid(3, 32, True)
     assert grid_of("model.layers.1.mlp.up_proj") == Grid(4, 32, False)
     assert grid_of("model.layers.1.mlp.gate_proj") == Grid(2, None, True)  # its name before any pattern
     assert grid_of("model.layers.1.self_attn.q_proj") == Grid(8, 32, True)
@@ -116,6 +118,7 @@ def test_layers_with_settings_of_their_own():
     [
         ({"packing_format": "auto_round:fp8_static"}, r"packing_format is not read\n.*'auto_round:auto_gptq'"),
         ({"packing_format": None}, "packing_format is not read"),
+        ({"packing_format": ["auto_round"]}, "packing_format is not read"),
         ({"data_type": "mx_fp"}, "data_type is not read\n.*'mx_fp'"),
         ({"act_bits": 8}, "act_bits is not read\n.*8"),
         ({"super_bits": 6}, "super_bits is not read"),
