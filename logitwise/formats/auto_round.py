@@ -9,10 +9,10 @@
 
 `bits`, `group_size` and `sym` are those of every layer but the ones that `extra_config` names, by their module or else
 by a regular expression that is found anywhere in it, of which the first counts; what it leaves out stays. (A name of
-letters and dots is a module: AutoRound writes no pattern without other signs.) There are 2 to 8 bits, 5 to 7 of them in
-the same dense stream; scales are float16 and, on symmetric grids, of either sign. A checkpoint is read and refitted, not
-written anew. Keys and layouts are those of auto-round 0.16.1
-(`export_to_autoround/export.py`, `inference/convert_model.py`, `auto_round_extension/torch/qlinear_torch.py`).
+letters and dots is a module: AutoRound writes no pattern without other signs.) There are 2 to 8 bits, 5 to 7 of them
+in the same dense stream; scales are float16 and, on symmetric grids, of either sign. A checkpoint is read and refitted,
+not written anew. Keys and layouts are those of auto-round 0.16.1 (`export_to_autoround/export.py`,
+`inference/convert_model.py`, `auto_round_extension/torch/qlinear_torch.py`).
 """
 
 import re
