@@ -3,9 +3,11 @@
     PYTHON benchmarks/make_others.py autoround --model DIR --eval DIR --out DIR [--grids w2g64 ...] [--rows-seeds 1 2 3]
     PYTHON benchmarks/make_others.py gptqmodel --model DIR --eval DIR --out DIR
 
-PYTHON is that of the tool's own environment, which needs no logitwise: torch==2.13.0, then with that version held by a
-constraints file `auto-round==0.16.1`; what gptqmodel 7.7.0 wants is told in `engine_gptq.py`, and on a machine of two
-cores GPTQMODEL_CPU_WORKERS=2. Every checkpoint is a folder OUT/TOOL_GRID_rowsSEED; those that are there stay. Rows are
+PYTHON is that of the tool's own environment, which needs no logitwise. AutoRound's: torch==2.13.0, then, with that version
+held by a constraints file, auto-round==0.16.1 (and compressed-tensors for --format llm_compressor). GPTQModel's, which
+asks for a newer torch: torch==2.13.0; transformers optimum accelerate; then, without their dependencies,
+gptqmodel==7.7.0 defuser device-smi logbar tokenicer torchao; then threadpoolctl protobuf pillow requests pypcre ninja
+datasets dill. Every checkpoint is a folder OUT/TOOL_GRID_rowsSEED; those that are there stay. Rows are
 `rows(tokenizer, 512, SEED)` of eval/cot_rows.py, of 256 tokens, all of them seen whole (a mask of ones).
 
 AutoRound: 200 steps of 8 rows a block, else its defaults: symmetric, with scales of either sign, in float16.
@@ -25,7 +27,8 @@ import torch
 from transformers import AutoTokenizer
 
 GRIDS = {"w2g64": (2, 64), "w3g64": (3, 64), "w4g64": (4, 64)}
-AUTOROUND_FORMATS = ("auto_round", "auto_round:auto_gptq", "auto_gptq", "auto_awq", "llm_compressor", "gguf:q4_0")
+AUTOROUND_FORMATS = ("auto_round", "auto_round:gptqmodel", "auto_round:auto_awq", "auto_gptq", "auto_awq")
+AUTOROUND_FORMATS += ("llm_compressor", "mlx")
 
 
 def main() -> None:
@@ -89,7 +92,7 @@ def by_autoround(given: argparse.Namespace, bits: int, group_size: int, ids: tor
     )
     place = out.with_name(f"{out.name}.parts")  # it may put the files into a folder of its own within
     tool.quantize_and_save(str(place), format=given.format)
-    (config,) = place.rglob("config.json") or place.rglob("*.gguf")
+    (config,) = place.rglob("config.json")
     config.parent.rename(out)
     shutil.rmtree(place, ignore_errors=True)
 
