@@ -3,11 +3,11 @@
     PYTHON benchmarks/make_others.py autoround --model DIR --eval DIR --out DIR [--grids w2g64 ...] [--rows-seeds 1 2 3]
     PYTHON benchmarks/make_others.py gptqmodel --model DIR --eval DIR --out DIR
 
-PYTHON is that of the tool's own environment, which needs no logitwise. AutoRound's: torch==2.13.0, then, with that version
-held by a constraints file, auto-round==0.16.1 (and compressed-tensors for --format llm_compressor). GPTQModel's, which
-asks for a newer torch: torch==2.13.0; transformers optimum accelerate; then, without their dependencies,
-gptqmodel==7.7.0 defuser device-smi logbar tokenicer torchao; then threadpoolctl protobuf pillow requests pypcre ninja
-datasets dill. Every checkpoint is a folder OUT/TOOL_GRID_rowsSEED; those that are there stay. Rows are
+PYTHON is that of the tool's own environment, which needs no logitwise. AutoRound's: torch==2.13.0, then, with that
+version held by a constraints file, auto-round==0.16.1 (and compressed-tensors for --format llm_compressor).
+GPTQModel's, which asks for a newer torch: torch==2.13.0; transformers optimum accelerate; then, without their
+dependencies, gptqmodel==7.7.0 defuser device-smi logbar tokenicer torchao; then threadpoolctl protobuf pillow requests
+pypcre ninja datasets dill. Every checkpoint is a folder OUT/TOOL_GRID_rowsSEED; those that are there stay. Rows are
 `rows(tokenizer, 512, SEED)` of eval/cot_rows.py, of 256 tokens, all of them seen whole (a mask of ones).
 
 AutoRound: 200 steps of 8 rows a block, else its defaults: symmetric, with scales of either sign, in float16.
