@@ -19,20 +19,24 @@ from logitwise.machine import versions
 
 
 def each_grid_and_seed(given: argparse.Namespace, *more: str) -> None:
-    """Starts this script again for each grid and seed with --only FILE, --jobs at a time; ends when all have.
+    """`each` of the grids and seeds; `more` are arguments of every one of them."""
+    each(given, [["--grids", grid, "--seeds", str(seed), *more] for seed in given.seeds for grid in given.grids])
 
-    `more` are arguments of theirs. What they write is gathered into --out all the while, so that a stop loses nothing.
+
+def each(given: argparse.Namespace, wanted: list[list[str]]) -> None:
+    """Starts this script again with each of these arguments and --only FILE, --jobs at a time; ends when all have.
+
+    What they write is gathered into --out all the while, so that a stop loses nothing.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        waiting = [(grid, seed) for seed in given.seeds for grid in given.grids]
         running: list[subprocess.Popen[bytes]] = []
         files: list[Path] = []
+        waiting = list(wanted)
         while waiting or any(process.poll() is None for process in running):
             while waiting and sum(process.poll() is None for process in running) < given.jobs:
-                grid, seed = waiting.pop(0)
-                files.append(Path(temporary) / f"{grid}_{seed}.json")
-                own = ["--grids", grid, "--seeds", str(seed), *more, "--only", str(files[-1])]
+                files.append(Path(temporary) / f"{len(files)}.json")
+                own = [*waiting.pop(0), "--only", str(files[-1])]
                 running.append(subprocess.Popen([sys.executable, *sys.argv, *own]))
             time.sleep(2)
             gather(files, given, time.monotonic() - began)

@@ -1,10 +1,11 @@
 """Markdown tables of what benchmarks/lfq_variants.py found, with paired bootstrap intervals.
 
-    python benchmarks/tables.py results.json [more.json ...] [--against mse]
+    python benchmarks/tables.py results.json [more.json ...] [--against mse] [--paired]
 
 An interval of KL is over development rows, which are drawn again 10,000 times, the same ones for both variants; seeds
 are averaged first. Top-1, perplexity and the KL of each kind of text are of the final rows, where there are any. The
-standard error of a share of right answers is over problems, seeds averaged first: seeds answer the same problems. Where
+standard error of a share of right answers is over problems, seeds averaged first: seeds answer the same problems; with
+--paired there is also how many more of the same problems are right, over problems and seeds drawn again. Where
 problems longer than usual were answered, a second table has them by kind; intervals there are over problems and seeds.
 """
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--against", default="mse")
+    parser.add_argument("--paired", action="store_true", help="right answers beside those of --against, one by one")
     given = parser.parse_args()
     grids: dict[str, dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     for file in given.files:
@@ -43,6 +45,8 @@ def main() -> None:
         columns = ["variant", "seeds", "KL, development", f"less than {given.against}, 95 %", *places.values()]
         asked = any(not is_harder(kind) for row in rows for kind in row.get("accuracy") or {})
         columns += ["top-1", "perplexity", *(["accuracy"] if asked else [])]
+        paired = asked and given.paired and given.against in variants
+        columns += [f"more right than {given.against}, 95 %"] if paired else []
         print(f"\n{grid}\n\n| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
         for name, by_seed in variants.items():
             found = list(by_seed.values())
@@ -53,7 +57,12 @@ def main() -> None:
             cells += [f"{mean(found, place, 'kl'):.4f}" for place in places]
             last = next(iter(places), "development")
             cells += [f"{mean(found, last, 'top1'):.4f}", f"{mean(found, last, 'perplexity'):.3f}"]
-            cells += [share(right(found, lambda kind: not is_harder(kind)))] if asked else []
+            cells += [share(right(found, is_usual))] if asked else []
+            if paired:
+                other = variants[given.against]
+                seeds = [seed for seed in by_seed if seed in other and name != given.against]
+                both = [right([rows[seed] for seed in seeds], is_usual) for rows in (by_seed, other)]
+                cells += [more(*both) if both[0].size else ""]
             print(f"| {' | '.join(cells)} |")
         harder({FULL: full} | variants, given.against)
 
@@ -100,6 +109,11 @@ def harder(variants: dict[str, dict[int, Any]], against: str) -> None:
         cells = [title, *map(share, answers.values())]
         cells += [more(answers[name], answers[against]) for name in others]
         print(f"| {' | '.join(cells)} |")
+
+
+def is_usual(kind: str) -> bool:
+    """Whether problems of a kind are as long as those of its task."""
+    return not is_harder(kind)
 
 
 def is_harder(kind: str) -> bool:

@@ -17,6 +17,7 @@ from logitwise.cli import app
 from logitwise.errors import CalibrationError, MachineError, OutputError, RecipeError, SourceError, UnmetError
 from logitwise.evaluation import evaluate
 from logitwise.formats import FORMATS
+from logitwise.formats.auto_round import packed_as
 from logitwise.formats.compressed_tensors import CompressedTensors
 from logitwise.grid import Grid, Quantized
 from logitwise.pair import likeness
@@ -197,6 +198,49 @@ def test_a_gguf_file_is_refitted_in_place(text: Path, tmp_path: Path) -> None:  
         for place in (made, made.parent)
     )
     assert measured == same
+
+
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"])
+def test_a_checkpoint_of_autoround_is_refitted(packing: str, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    """As it writes them: no g_idx, scales of either sign, one layer of other bits and one in full precision."""
+    model, awq = wide(tmp_path / "wide"), packing.endswith("awq")
+    bits, symmetric = 4 if awq else 2, packing != "auto_round"
+    config = {"quant_method": "auto-round", "packing_format": packing, "data_type": "int", "iters": 2}
+    config |= {"bits": bits, "group_size": 32, "sym": symmetric, "autoround_version": "0.16.1"}
+    config["extra_config"] = {f"{LAST}mlp.up_proj": {"bits": 4}, "layers.1.*down_proj": {"bits": 16}}
+    came = rounded(model, text, tmp_path / "came", bits=bits, group_size=32, symmetric=symmetric)
+    form, first, source = packed_as(config), codes_of(came), open_source(model)
+    grid_of, tensors = form.grids_of(config, torch.float16), dict[str, Tensor]()
+    for name in source.names():
+        module = name.removesuffix(".weight")
+        if name not in first or module == f"{LAST}mlp.down_proj":
+            tensors[name] = source.read(name)
+            continue
+        made = first[name]
+        if made.grid != grid_of(module):
+            made = QUANTIZERS["rtn"].start(source.read(name).float(), grid_of(module), STARTS["minmax"]).freeze()
+        elif symmetric:  # a group's other sign: the same weights but for those of code 0
+            codes = torch.where(made.codes == 0, made.grid.levels, 2 * made.grid.middle - made.codes.int())
+            made = replace(made, codes=codes.to(torch.uint8), scale=-made.scale)
+        else:
+            made = replace(made, zero=made.zero.clamp(min=1))
+        tensors |= form.tensors(module, made)
+    save_file(tensors, came / "model.safetensors", {"format": "pt"})
+    described = json.loads((came / "config.json").read_text()) | {"quantization_config": config}
+    (came / "config.json").write_text(json.dumps(described))
+    found = refit(came, tmp_path / "made", original=model, recipe=asked(text, polish=True, polish_steps=8))
+    assert found.after.kl.mean < found.before.kl.mean
+    old, new = load_file(came / "model.safetensors"), load_file(tmp_path / "made" / "model.safetensors")
+    assert {name: (x.dtype, x.shape) for name, x in old.items()} == {
+        name: (x.dtype, x.shape) for name, x in new.items()
+    }
+    zeros = {name for name in old if name.endswith("qzeros")}
+    assert all(torch.equal(old[name], new[name]) for name in zeros)
+    assert (tmp_path / "made" / "config.json").read_bytes() == (came / "config.json").read_bytes()
+    second = codes_of(tmp_path / "made")
+    assert {str(one.grid.bits) for one in second.values()} == {str(bits), "4"}
+    assert f"{LAST}mlp.down_proj.weight" not in second
+    assert any(bool((one.scale < 0).any()) for one in second.values()) or not symmetric
 
 
 def test_float_minima_are_refitted(text: Path, tmp_path: Path) -> None:  # noqa: F811

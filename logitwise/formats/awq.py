@@ -8,6 +8,7 @@ For a Linear module P of shape [out, in], in place of P.weight:
 
 Word k of a row holds the outputs 8k .. 8k + 7, but not in their order: nibble j, lowest first, holds output
 8k + (0, 2, 4, 6, 1, 3, 5, 7)[j]. Zero points are stored as they are; the 8 of a symmetric grid is one like any other.
+AutoRound writes `zero_point: false` where all of them are 8.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitwise.errors import FormatError
 from logitwise.formats.checks import (
+    AUTOROUND_KEYS,
     expect,
+    integers_only,
     name_of,
     nothing_left,
     refusal,
@@ -26,10 +28,9 @@ from logitwise.formats.checks import (
     take_nothing_else,
     take_scale,
     unread,
-    whole,
 )
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes
-from logitwise.formats.safetensors import SafetensorsFormat
+from logitwise.formats.safetensors import SafetensorsFormat, described
 from logitwise.grid import Grid, Quantized
 
 BITS = 4
@@ -37,9 +38,9 @@ PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of the eight outputs of a word each of its nibbles holds, lowest first."""
 
 # Keys that a config may hold and that say nothing about the values of the weights.
-NEUTRAL_KEYS = frozenset(
-    {"backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse", "modules_to_not_convert"}
-)
+NEUTRAL_KEYS = AUTOROUND_KEYS | {
+    *("backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse", "modules_to_not_convert"),
+}
 
 
 class Awq(SafetensorsFormat):
@@ -118,19 +119,20 @@ class Awq(SafetensorsFormat):
         return Quantized(_unpack(packed).T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
 
     def grids_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Callable[[str], Grid]:
-        """One grid for every quantized layer, asymmetric: the config does not tell whether all zero points are 8."""
+        """One grid for every quantized layer, asymmetric unless the config says that no zero point is needed."""
         rest = dict(config)
         expect(rest, "quant_method", "awq")
-        expect(rest, "zero_point", True)
+        asymmetric = rest.pop("zero_point", None)
+        if type(asymmetric) is not bool:
+            raise unread("zero_point", repr(asymmetric), "true or false")
+        expect(rest, "sym", None, not asymmetric)
+        integers_only(rest)
         version = rest.pop("version", None)
         if not isinstance(version, str) or version.lower() != "gemm":
             raise unread("version", repr(version), "'gemm'")
-        bits, group_size = whole(rest, "bits"), whole(rest, "group_size")
+        settings = {"bits": rest.pop("bits", None), "group_size": rest.pop("group_size", None), "sym": not asymmetric}
         nothing_left(rest, NEUTRAL_KEYS)
-        grid = Grid(bits, None if group_size == -1 else group_size, False, scale_dtype)
-        reason = self.holds(grid)
-        if reason is not None:
-            raise FormatError("this quantization_config is not read", reason, "give another checkpoint")
+        grid = described(self, settings, scale_dtype)
         return lambda module: grid
 
 

@@ -1,13 +1,45 @@
 """What strict formats share: tensors and config keys that are not exactly as expected are refused by name."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from logitwise.errors import FormatError
-from logitwise.grid import Quantized
+from logitwise.grid import Grid, Quantized
+
+Rule = tuple[Callable[[str], object], Grid | None]
+"""Whether a layer is meant, by its module; and the grid of such layers, None where they are in full precision."""
+
+FULL_PRECISION = 16
+"""The bits that AutoRound names for what is not quantized."""
+
+AUTOROUND_KEYS = frozenset(
+    {
+        "amp",
+        "autoround_version",
+        "batch_size",
+        "block_name_to_quantize",
+        "dataset",
+        "enable_minmax_tuning",
+        "enable_norm_bias_tuning",
+        "enable_quanted_input",
+        "gradient_accumulate_steps",
+        "iters",
+        "low_gpu_mem_usage",
+        "lr",
+        "minmax_lr",
+        "nsamples",
+        "provider",
+        "quant_block_list",
+        "scale_dtype",
+        "seqlen",
+        "to_quant_block_names",
+    }
+)
+"""What AutoRound tells of its tuning in the config of whatever format: nothing about the values of the weights."""
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -92,11 +124,19 @@ def unread(key: str, found: str, expected: str, where: str = "quantization_confi
     return FormatError(f"{where}: {key} is not read", why, "give another checkpoint")
 
 
-def expect(config: dict[str, Any], key: str, *allowed: object) -> None:
+def expect(config: dict[str, Any], key: str, *allowed: object, where: str = "quantization_config") -> None:
     """Takes a key out of the config; only some values are read, and a missing key counts as null."""
     value = config.pop(key, None)
     if value not in allowed:
-        raise unread(key, repr(value), " or ".join(repr(one) for one in allowed))
+        raise unread(key, repr(value), " or ".join(repr(one) for one in allowed), where)
+
+
+def integers_only(config: dict[str, Any], where: str = "quantization_config") -> None:
+    """Takes AutoRound's keys that say that weights are integers, and nothing else is quantized, rescaled or rotated."""
+    for key in [key for key in config if key.startswith("act_") or key in ("super_bits", "super_group_size")]:
+        expect(config, key, None, *([FULL_PRECISION] if key == "act_bits" else []), where=where)
+    expect(config, "data_type", None, "int", where=where)
+    expect(config, "rotation_config", None, where=where)
 
 
 def whole(config: dict[str, Any], key: str, expected: str = "a whole number") -> int:
@@ -107,8 +147,35 @@ def whole(config: dict[str, Any], key: str, expected: str = "a whole number") ->
     return value
 
 
-def nothing_left(config: dict[str, Any], neutral: frozenset[str]) -> None:
+def nothing_left(config: dict[str, Any], neutral: frozenset[str], where: str = "quantization_config") -> None:
     """Refuses a config with keys that nobody took, other than those that say nothing about the weights."""
     unknown = sorted(set(config) - neutral)
     if unknown:
-        raise unread(unknown[0], repr(config[unknown[0]]), "checkpoints without this key")
+        raise unread(unknown[0], repr(config[unknown[0]]), "checkpoints without this key", where)
+
+
+def by_layer(rules: Sequence[Rule], every: Grid) -> Callable[[str], Grid]:
+    """The grid of each quantized layer by its module: that of the first rule that means it, else `every`.
+
+    What is returned raises FormatError for a layer whose rule says that it is in full precision.
+    """
+
+    def grid_of(module: str) -> Grid:
+        grid = next((grid for means, grid in rules if means(module)), every)
+        if grid is None:
+            why = "config.json says that it is in full precision, and it has the tensors of a quantized layer"
+            raise FormatError(f"{module} has no grid", why, "give another checkpoint")
+        return grid
+
+    return grid_of
+
+
+def compiled(key: str, pattern: str) -> re.Pattern[str]:
+    """A regular expression of the config.
+
+    Errors: FormatError, naming its key.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise unread(key, f"{pattern!r}, no regular expression: {error}", "one that is") from error

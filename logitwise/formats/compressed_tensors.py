@@ -142,7 +142,7 @@ class CompressedTensors(SafetensorsFormat):
         expect(rest, "quant_method", "compressed-tensors")
         expect(rest, "format", "pack-quantized")
         expect(rest, "quantization_status", "compressed")
-        for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        for key in ("kv_cache_scheme", "sparsity_config", "moe_sparsity_config", "transform_config"):
             expect(rest, key, None, {})
         groups = rest.pop("config_groups", None)
         if not isinstance(groups, Mapping) or not groups:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logitwise.errors import FormatError
 from logitwise.formats.base import Described, Format
 from logitwise.formats.checkpoint import write_checkpoint, write_config, write_json
-from logitwise.formats.checks import refusal
+from logitwise.formats.checks import refusal, unread, whole
 from logitwise.grid import Grid
 
 
@@ -104,3 +105,20 @@ class SafetensorsFormat(Format):
         Errors: FormatError, naming the key, for everything that is not read here; nothing is passed over. What is
         returned raises FormatError for a layer that the config does not describe.
         """
+
+
+def described(form: Format, settings: Mapping[str, Any], scale_dtype: torch.dtype) -> Grid:
+    """The grid that `bits`, `group_size` (-1 for one group a channel) and `sym` describe, if the format holds it.
+
+    Errors: FormatError, naming the key.
+    """
+    rest = dict(settings)
+    bits = whole(rest, "bits")
+    group_size = whole(rest, "group_size", "a whole number, -1 for one group a channel")
+    if type(rest["sym"]) is not bool:
+        raise unread("sym", repr(rest["sym"]), "true or false")
+    grid = Grid(bits, None if group_size == -1 else group_size, rest["sym"], scale_dtype)
+    reason = form.holds(grid)
+    if reason is not None:
+        raise FormatError("this quantization_config is not read", reason, "give another checkpoint")
+    return grid

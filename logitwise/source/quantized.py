@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logitwise.errors import FormatError, SourceError
-from logitwise.formats import FORMATS
+from logitwise.formats import FORMATS, auto_round
 from logitwise.formats.checkpoint import replace_tensors, writing
 from logitwise.formats.checks import refusal
 from logitwise.formats.gguf import TYPES
@@ -106,11 +106,13 @@ class QuantizedFolder(FolderSource, QuantizedSource):
                 )
             return form
         method = self.config.quantization_config.get("quant_method")
+        if method == auto_round.METHOD:
+            return auto_round.packed_as(self.config.quantization_config)
         named = {name: form for name, form in IN_CONFIG.items() if form.config_keys[0] == "quantization_config"}
         if method not in named:
             raise SourceError(
                 f"{self.folder} is quantized by {method}",
-                f"that method is not read yet; those that are: {', '.join(IN_CONFIG)}",
+                f"that method is not read yet; those that are: {', '.join([*IN_CONFIG, auto_round.METHOD])}",
                 "give the model it was quantized from, in full precision",
             )
         return named[method].described_by(self.config.quantization_config)

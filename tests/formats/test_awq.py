@@ -161,6 +161,15 @@ def test_config():
     # The file does not tell that all zero points are 8.
     assert FORMAT.grids_of(config | {"version": "GEMM"}, torch.float16)(LAYER) == Grid(4, 32, False)
     assert FORMAT.described_by(config) is FORMAT
+    # AutoRound's, of symmetric grids.
+    even = {
+        "zero_point": False,
+        "sym": True,
+        "data_type": "int",
+        "provider": "auto-round",
+        "autoround_version": "0.16.1",
+    }
+    assert FORMAT.grids_of(config | even, torch.float16)(LAYER) == Grid(4, 32, True)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,9 @@ def test_config():
         ({"quant_method": "gptq"}, "quant_method is not read"),
         ({"version": "gemv"}, "version is not read\n.*'gemv'; logitwise reads 'gemm'"),
         ({"version": None}, "version is not read"),
-        ({"zero_point": False}, "zero_point is not read"),
+        ({"zero_point": None}, "zero_point is not read"),
+        ({"zero_point": False, "sym": False}, "sym is not read"),
+        ({"data_type": "fp"}, "data_type is not read"),
         ({"surprise": 1}, "surprise is not read"),
         ({"bits": "4"}, "bits is not read"),
         ({"bits": 8}, "not read\n.*4 bits, not 8"),

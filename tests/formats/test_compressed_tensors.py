@@ -193,6 +193,7 @@ ANOTHER = {"group_1": {"targets": ["re:.*mlp.*"], "weights": {"type": "int", "dy
         ((), {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not read"),
         ((), {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config is not read"),
         ((), {"surprise": 1}, "surprise is not read"),
+        ((), {"moe_sparsity_config": {"sparsity": 0.5}}, "moe_sparsity_config is not read"),
         ((), {"config_groups": {}}, "config_groups is not read\n.*no groups"),
         ((), {"config_groups": None}, "config_groups is not read\n.*no groups"),
         (("config_groups",), ANOTHER, "num_bits is not read\n.*a whole number"),

@@ -144,6 +144,52 @@ def test_zero_points_that_v1_cannot_tell_are_refused():
         Gptq(V1).read(LAYER, stored, grid)
 
 
+@ALL_BITS
+def test_zero_points_of_0_as_gptqmodel_stores_them(bits: int):
+    """It takes 1 from every field of a word at once; at 3 bits, which cross words, from each modulo 8."""
+    grid = Grid(bits, 16, False)
+    quantized = random_quantized(32, 64, grid)
+    assert bool((quantized.zero == 0).any())
+    form = FORMAT.described_by({"checkpoint_format": V1, "meta": {"quantizer": ["gptqmodel:7.7.0"]}})
+    stored = form.tensors(LAYER, quantized)
+    words = Gptq(V2).tensors(LAYER, quantized)[f"{LAYER}.qzeros"].tolist()
+    for zero, row, there in zip(quantized.zero.T.tolist(), words, stored[f"{LAYER}.qzeros"].tolist(), strict=True):
+        if bits == 3:
+            assert stream(there, bits) == [(z - 1) % 8 for z in zero]
+        else:
+            ones = sum(1 << place for place in range(0, 32, bits))
+            assert [word & 0xFFFFFFFF for word in there] == [(word - ones) & 0xFFFFFFFF for word in row]
+    assert_same(form.read(LAYER, stored, grid), quantized)
+    with pytest.raises(FormatError, match=r"qzeros is refused\n.*out of range"):
+        Gptq(V1).read(LAYER, stored, grid)
+
+
+def test_dynamic_settings_of_single_layers():
+    """The first pattern that a name begins with decides, as gptqmodel has it, and AutoRound writes it."""
+    config = FORMAT.quantization_config({LAYER: Grid(4, 64, True)}, []) | {
+        "lm_head": True,
+        "dynamic": {
+            r"-:.*model\.layers\.0\.mlp\.down_proj.*": {},
+            r"+:.*model\.layers\.1\.": {"bits": 8, "group_size": 32, "desc_act": False},
+            r".*\.1\.mlp": {"bits": 2},
+            "lm_head": {"bits": 8, "sym": False},
+        },
+    }
+    grid_of = FORMAT.grids_of(config, torch.float16)
+    assert grid_of("model.layers.0.mlp.up_proj") == Grid(4, 64, True)
+    assert grid_of("model.layers.1.mlp.up_proj") == Grid(8, 32, True)
+    assert grid_of("lm_head") == Grid(8, 64, False)
+    with pytest.raises(FormatError, match=r"down_proj has no grid\n.*full precision"):
+        grid_of("model.layers.0.mlp.down_proj")
+
+
+def test_what_autoround_tells_of_its_tuning_is_passed_over():
+    config = {"quant_method": "gptq", "bits": 2, "group_size": 64, "sym": False, "desc_act": False, "lm_head": False}
+    config |= {"amp": False, "autoround_version": "0.16.1", "damp_percent": 0.01, "data_type": "int", "iters": 1}
+    config |= {"enable_quanted_input": False, "provider": "auto-round", "true_sequential": False}
+    assert FORMAT.grids_of(config, torch.float16)(LAYER) == Grid(2, 64, False)
+
+
 def test_symmetric_zero_points_under_the_wrong_label_are_refused():
     grid = Grid(4, 16, True)
     stored = FORMAT.tensors(LAYER, random_quantized(32, 64, grid))
@@ -257,10 +303,15 @@ def test_config():
         ({"quant_method": "awq"}, "quant_method is not read"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format is not read\n.*'marlin'"),
         ({"checkpoint_format": V1, "format": V2}, "checkpoint_format is not read\n.*two that are the same"),
-        ({"lm_head": True}, "lm_head is not read"),
+        ({"lm_head": "yes"}, "lm_head is not read"),
+        ({"data_type": "fp"}, "data_type is not read"),
         ({"is_marlin_format": True}, "is_marlin_format is not read"),
         ({"pack_dtype": "int16"}, "pack_dtype is not read"),
-        ({"dynamic": {"+:.*": {"bits": 8}}}, "dynamic is not read"),
+        ({"dynamic": ["a"]}, "dynamic is not read"),
+        ({"dynamic": {"+:.*": 8}}, "dynamic: \\+:.* is not read"),
+        ({"dynamic": {"+:.*": {"bits": 5}}}, "not read\n.*8 bits, not 5"),
+        ({"dynamic": {"+:.*": {"format": "marlin"}}}, "dynamic: .*format is not read"),
+        ({"dynamic": {"-:*": {}}}, "dynamic: -:\\* is not read\n.*no regular expression"),
         ({"surprise": 1}, "surprise is not read"),
         ({"bits": "4"}, "bits is not read"),
         ({"bits": 5}, "not read\n.*2, 3, 4 or 8 bits, not 5"),
