@@ -14,7 +14,7 @@ class Loaded:
 
     def __init__(self, path: str) -> None:
         self.model = Llama(
-            path, n_ctx=512, n_batch=512, n_threads=2, logits_all=True, verbose=False,
+            path, n_ctx=512, n_batch=512, n_threads=1, logits_all=True, verbose=False,
             type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32,
         )  # fmt: skip
 

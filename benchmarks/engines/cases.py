@@ -52,7 +52,8 @@ def cases(name: str, folder: Path) -> Iterator[Case]:
         yield from _of_grid(form, llama(), grid, folder)
     for several in mixtures(form):
         path = write(folder, form, llama(), on_grids(llama(), several))
-        yield Case(form.name, llama().described.name, None, path, path, what=f"{several[0]}, then 2, 8 and 3 bits")
+        yield Case(form.name, llama().described.name, None, path, path, f"{several[0]}, then 2, 8 and 3 bits")
+    yield from _unusual(form, llama(), folder)
     if name == "gguf":
         for model, grid in product(others(), KINDS):
             yield from _of_grid(form, model, grid, folder)
@@ -88,6 +89,17 @@ def _of_grid(form: Format, model: Small, grid: Grid, folder: Path) -> Iterator[C
     yield case
     if form.name == "gguf":
         yield replace(case, loaded=write(folder, form, model, dequantized(weights)), what="dequantized", dense=True)
+
+
+def _unusual(form: Format, model: Small, folder: Path) -> Iterator[Case]:
+    """What fits come to and rounding does not: negative scales, and layers kept in full precision."""
+    grid = Grid(4, 64, True)
+    weights = on_grids(model, [grid])
+    negative = {name: negated(weight) for name, weight in weights.items()}
+    kept = {name: model.weights[name] if "layers.1.mlp" in name else weight for name, weight in weights.items()}
+    for what, changed in (("half of the scales negative", negative), ("one block's MLP kept", kept)):
+        path = write(folder, form, model, changed)
+        yield Case(form.name, model.described.name, grid, path, path, what)
 
 
 def _wrong(form: Format, model: Small, folder: Path) -> Iterator[Case]:
@@ -139,6 +151,15 @@ def off_by_one(weight: Tensor | Quantized) -> Tensor | Quantized:
     if not isinstance(weight, Quantized):
         return weight
     return replace(weight, zero=weight.zero.clamp(max=weight.grid.levels - 1) + 1)
+
+
+def negated(weight: Tensor | Quantized) -> Tensor | Quantized:
+    """A weight with every other scale's sign changed."""
+    if not isinstance(weight, Quantized):
+        return weight
+    scale = weight.scale.clone()
+    scale[::2] *= -1
+    return replace(weight, scale=scale)
 
 
 def natural(weight: Tensor | Quantized) -> Tensor | Quantized:

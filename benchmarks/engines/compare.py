@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from cases import Case, cases
 from engines import ENGINES, Difference, Process, process
-from models import TEXT, TEXTS, llama
+from models import TEXT, TEXTS
 from table import Row, line, page, table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -70,8 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="+", choices=ENGINES, metavar="ENGINE", help=", ".join(ENGINES))
     parser.add_argument("--checkpoint", type=Path, action="append", help="a folder or .gguf file; may come again")
-    parser.add_argument("--page", type=Path, help="write what became of the small checkpoints as a page of Markdown")
+    parser.add_argument("--page", type=Path, help="put what became of the small ones into a page of Markdown")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # small products, beside which the engine's own threads want the cores
     began = time.monotonic()
     rows: list[Row] = []
     versions: dict[str, dict[str, str]] = {}
@@ -84,7 +85,8 @@ def main() -> None:
     if given.checkpoint:
         print(table(rows))
     elif given.page:
-        given.page.write_text(page(rows, versions, len(llama().described.tokenizer(TEXT).input_ids)), encoding="utf-8")
+        before = given.page.read_text("utf-8") if given.page.exists() else ""
+        given.page.write_text(page(rows, versions, before), encoding="utf-8")
     wrong = [row for row in rows if not row.expected]
     for row in wrong:
         print(line(row))

@@ -1,6 +1,7 @@
 """The engines: what each loads, how near its log-probabilities must come to ours, and what it is known not to run."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def _vllm_asked(case: Case) -> bool:
     grid = case.grid
     if grid is None:
         return False
-    if case.wrong:
+    if case.what:
         return grid.symmetric or case.format != "gptq"
     if grid.bits == 4 and case.format != "gptq":
         return grid.group_size == 64 or grid.symmetric is (grid.group_size is None)
@@ -202,6 +203,7 @@ class Process:
             self._running = subprocess.Popen(
                 [self.engine.python, HERE / script, *words],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             assert self._running.stdout is not None
             first = self._running.stdout.readline()

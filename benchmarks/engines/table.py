@@ -1,6 +1,6 @@
 """What engines made of checkpoints, as Markdown."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -46,24 +46,21 @@ class Row:
 INTRODUCTION = """\
 # Formats in engines
 
-Which checkpoints each engine loads, and how near its log-probabilities come to ours: of the same {tokens} tokens,
-teacher-forced, in nats. Ours are transformers' in float32, with the weights that logitwise reads from the file. The
-model is a random Llama (4 blocks, hidden 256, intermediate 512, rotary base 123), every projection rounded to nearest;
-others are named. Files that are wrong on purpose (in bold) must miss the gate. Where an engine fails, its own error
-stands in the row.
+Which checkpoints each engine loads, and how near its log-probabilities come to ours: of the same text, teacher-forced,
+in nats. Ours are transformers' in float32, with the weights that logitwise reads from the file. The model is a random
+Llama (4 blocks, hidden 256, intermediate 512, rotary base 123), every projection rounded to nearest; others are named.
+A checkpoint meets the engine's gate or misses it; files that are wrong on purpose (in bold) must miss. Where an engine
+fails, its own error stands in the row.
+
+Gates, in nats: transformers 1e-6, and 1e-2 where it computes weights in the 16 bits of asymmetric layers' scales;
+gptqmodel 2e-2, since its kernels compute in less than float32; mlx-lm 5e-5; llama.cpp 1e-4 for files dequantized to
+float32 and, beside codes, where it rounds activations to 8 bits, .3 on average and .03 of the mean log-probability;
+vLLM, in float16, .1, and .02 on average. Any of them may fail, but not miss: what is known to fail is in
+[engines.py](../benchmarks/engines/engines.py), and anything else that fails is an error of `make engines`.
 
 ```
 make formats-page
 ```
-
-made this page on {cpu}.
-"""
-
-GATES = """\
-Gates, in nats: transformers 1e-6, and 1e-2 where it computes weights in the 16 bits of asymmetric layers' scales;
-gptqmodel 2e-2, since its kernels compute in less than float32; mlx-lm 5e-5; llama.cpp 1e-4 for files dequantized to
-float32 and, beside codes, where it rounds activations to 8 bits, .3 on average and .03 of the mean log-probability;
-vLLM in float16 .1, and .02 on average.
 """
 
 
@@ -76,14 +73,25 @@ def line(row: Row) -> str:
     return " | ".join(part for part in said if part) + must
 
 
-def page(rows: Sequence[Row], versions: Versions, tokens: int) -> str:
-    """The page of all small checkpoints."""
-    parts = [INTRODUCTION.format(tokens=tokens, cpu=cpu()), GATES]
-    for engine, of_engine in groupby(rows, key=lambda row: row.engine):
-        for form, found in groupby(of_engine, key=lambda row: row.case.format):
-            said = ", ".join(f"{name} {version}" for name, version in versions[engine].items())
-            parts.append(f"## {form} in {engine}\n\n{said}\n\n{table(list(found))}")
-    return "\n".join(parts)
+def page(rows: Iterable[Row], versions: Versions, before: str = "") -> str:
+    """The page of all small checkpoints.
+
+    Args:
+        rows: of some engines or all.
+        versions: of each engine's packages.
+        before: a page whose sections of other engines stay.
+    """
+    sections = {part.partition("\n")[0]: part for part in before.split("\n## ")[1:]}
+    for (engine, form), found in groupby(rows, key=lambda row: (row.engine, row.case.format)):
+        said = ", ".join(f"{name} {version}" for name, version in versions[engine].items())
+        sections[heading(engine, form)] = f"{heading(engine, form)}\n\n{said}; {cpu()}.\n\n{table(found)}"
+    order = [heading(engine.name, form) for engine in ENGINES.values() for form in engine.formats]
+    return "\n## ".join([INTRODUCTION, *(sections[one] for one in order if one in sections)])
+
+
+def heading(engine: str, form: str) -> str:
+    """That of a section."""
+    return f"{form} in {engine}"
 
 
 def table(rows: Iterable[Row]) -> str:
