@@ -17,7 +17,7 @@ from typing import IO
 from answering import Answer, answer_all
 from openai import APIConnectionError, APIError, OpenAI
 
-PATIENCE = 300
+PATIENCE = 600
 """Seconds that a server may take to start."""
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
@@ -77,7 +77,7 @@ def serving(path: str, log: IO[str]) -> Iterator[OpenAI]:
         yield client
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(120)
 
 
 def wait(client: OpenAI, server: "subprocess.Popen[bytes]") -> None:

@@ -65,11 +65,14 @@ KINDS = (Grid(3, 32, False), Grid(4, 32, True), Grid(4, 64, False), Grid(8, None
 
 
 def grids(form: Format) -> list[Grid]:
-    """Every number of bits, size of groups and kind of zero point; float32 scales where zero points ask for them."""
-    scales = ((True, torch.float16), (False, torch.float16), (False, torch.float32))
-    every = product(range(2, 9), (32, 64, 128, None), scales)
-    found = [Grid(bits, size, symmetric, dtype) for bits, size, (symmetric, dtype) in every]
-    found.append(Grid(4, 64, True, torch.bfloat16))
+    """Every number of bits, size of groups and kind of zero point, with scales of 16 bits; some of other types."""
+    every = list(product(range(2, 9), (32, 64, 128, None), (True, False)))
+    found = [Grid(bits, size, symmetric) for bits, size, symmetric in every]
+    exact = [Grid(bits, size, False, torch.float32) for bits, size, symmetric in every if not symmetric]
+    # Where zero points need them, of any size; else where nothing but they is exact in transformers.
+    needed = form.holds(Grid(4, 64, False)) is not None
+    found += [grid for grid in exact if needed or grid.group_size == 64]
+    found += [Grid(4, 64, True, torch.bfloat16)]
     return [grid for grid in found if form.holds_grids([grid]) is None]
 
 

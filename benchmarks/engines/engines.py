@@ -146,6 +146,7 @@ ENGINES = {
             ("by_transformers.py", "transformers", "compressed-tensors", "gguf", "torch"),
             ("compressed-tensors", "gguf"),
             _transformers,
+            asked=lambda case: case.wrong or not case.dense,
         ),
         Engine(
             "gptqmodel",
