@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from models import TEXT, TEXTS
 from table import Row, line, page, table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from logitwise.formats import FORMATS
 from logitwise.source import QuantizedSource, Source, open_stored
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -43,8 +44,8 @@ class Ours:
 
     @torch.no_grad()
     def log_probabilities(self, ids: list[int]) -> torch.Tensor:
-        """Of every token of the vocabulary after each position, [tokens, vocabulary]."""
-        return self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        """Of every token of the vocabulary after each position, [tokens, vocabulary]; normalised in float64."""
+        return self.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
     def of_text(self, ids: list[int]) -> torch.Tensor:
         """Of each token after the first, [tokens - 1]."""
@@ -69,24 +70,25 @@ def main() -> None:
     """Prints a line for each checkpoint and a table of all; exit code 1 where one is not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="+", choices=ENGINES, metavar="ENGINE", help=", ".join(ENGINES))
+    parser.add_argument("--format", choices=FORMATS, action="append", help="of the small checkpoints; may come again")
     parser.add_argument("--checkpoint", type=Path, action="append", help="a folder or .gguf file; may come again")
     parser.add_argument("--page", type=Path, help="put what became of the small ones into a page of Markdown")
     given = parser.parse_args()
     torch.set_num_threads(1)  # small products, beside which the engine's own threads want the cores
     began = time.monotonic()
     rows: list[Row] = []
-    versions: dict[str, dict[str, str]] = {}
     for name in given.engines:
         with tempfile.TemporaryFile("w+") as log, process(ENGINES[name], log) as running:
-            for row in of_user(running, given.checkpoint) if given.checkpoint else small(running):
-                rows.append(row)
-                print(line(row), file=sys.stderr, flush=True)
-            versions[name] = running.versions
+            formats = [form for form in ENGINES[name].formats if form in (given.format or FORMATS)]
+            for found in (
+                [of_user(running, given.checkpoint)] if given.checkpoint else map(partial(small, running), formats)
+            ):
+                asked = [told(row) for row in found]
+                rows += asked
+                if given.page and not given.checkpoint:
+                    write_page(given.page, asked, running.versions)
     if given.checkpoint:
         print(table(rows))
-    elif given.page:
-        before = given.page.read_text("utf-8") if given.page.exists() else ""
-        given.page.write_text(page(rows, versions, before), encoding="utf-8")
     wrong = [row for row in rows if not row.expected]
     for row in wrong:
         print(line(row))
@@ -94,13 +96,23 @@ def main() -> None:
     sys.exit(bool(wrong) or not rows)
 
 
-def small(running: Process) -> Iterator[Row]:
-    """The small checkpoints of all formats that an engine loads."""
-    for name in running.engine.formats:
-        with tempfile.TemporaryDirectory() as folder:
-            for case in cases(name, Path(folder)):
-                if running.engine.asked(case):
-                    yield compared(running, case, {"texts": TEXTS})
+def told(row: Row) -> Row:
+    """The same, once it was told."""
+    print(line(row), file=sys.stderr, flush=True)
+    return row
+
+
+def write_page(file: Path, rows: list[Row], versions: dict[str, str]) -> None:
+    """Puts the rows of one engine and format into a page."""
+    file.write_text(page(rows, versions, file.read_text("utf-8") if file.exists() else ""), encoding="utf-8")
+
+
+def small(running: Process, name: str) -> Iterator[Row]:
+    """The small checkpoints of a format."""
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases(name, Path(folder)):
+            if running.engine.asked(case):
+                yield compared(running, case, {"texts": TEXTS})
 
 
 def of_user(running: Process, checkpoints: list[Path]) -> Iterator[Row]:
@@ -128,7 +140,7 @@ def compared(running: Process, case: Case, question: dict[str, Any]) -> Row:
     answer = running.ask({"path": str(case.loaded), "ids": ids, **question})
     if "error" in answer:
         return Row(case, engine.name, None, answer["error"], engine.fails(case))
-    difference = Difference.of(torch.tensor(answer["log_probabilities"]), mine.of_text(ids))
+    difference = Difference.of(torch.tensor(answer["log_probabilities"], dtype=torch.float64), mine.of_text(ids))
     expected, notes = engine.gate(case).met(difference) is not case.wrong, []
     if "token_ids" in answer:
         same = answer["token_ids"] == [tokenizer(text).input_ids for text in question["texts"]]
@@ -157,7 +169,7 @@ def same_answer(mine: Ours, prompt: list[int], theirs: list[int], doubt: float) 
             margin = float(found[best] - found[token])
             why = f"token {place + 1} of {len(theirs)} differs: ours is likelier by {margin:.2g}"
             return margin <= doubt, why
-    return True, f"the same {len(theirs)} tokens: {mine.source.tokenizer().decode(theirs)!r}"
+    return True, f"the same {len(theirs)} tokens: {mine.source.tokenizer().decode(theirs, skip_special_tokens=True)!r}"
 
 
 if __name__ == "__main__":

@@ -97,6 +97,11 @@ def _transformers(case: Case) -> Gate:
     return Gate(largest=1e-2 if rounds else 1e-6)
 
 
+def _transformers_fails(case: Case) -> bool:
+    """It takes a GGUF file that is called after Mistral for one, and has no table for those."""
+    return case.format == "gguf" and "mistral" in case.model
+
+
 def _llama_cpp(case: Case) -> Gate:
     """Beside codes llama.cpp rounds activations to 8 bits."""
     return Gate(largest=1e-4) if case.dense else Gate(mean=0.3, likelihood=0.03)
@@ -146,6 +151,7 @@ ENGINES = {
             ("by_transformers.py", "transformers", "compressed-tensors", "gguf", "torch"),
             ("compressed-tensors", "gguf"),
             _transformers,
+            _transformers_fails,
             asked=lambda case: case.wrong or not case.dense,
         ),
         Engine(

@@ -1,13 +1,10 @@
 """What engines made of checkpoints, as Markdown."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from cases import Case
 from engines import ENGINES, Difference, cpu
-
-Versions = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -73,18 +70,18 @@ def line(row: Row) -> str:
     return " | ".join(part for part in said if part) + must
 
 
-def page(rows: Iterable[Row], versions: Versions, before: str = "") -> str:
+def page(rows: Sequence[Row], versions: Mapping[str, str], before: str) -> str:
     """The page of all small checkpoints.
 
     Args:
-        rows: of some engines or all.
-        versions: of each engine's packages.
-        before: a page whose sections of other engines stay.
+        rows: of one engine and one format.
+        versions: of the engine's packages.
+        before: the page, whose other sections stay; empty at first.
     """
     sections = {part.partition("\n")[0]: part for part in before.split("\n## ")[1:]}
-    for (engine, form), found in groupby(rows, key=lambda row: (row.engine, row.case.format)):
-        said = ", ".join(f"{name} {version}" for name, version in versions[engine].items())
-        sections[heading(engine, form)] = f"{heading(engine, form)}\n\n{said}; {cpu()}.\n\n{table(found)}"
+    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    own = heading(rows[0].engine, rows[0].case.format)
+    sections[own] = f"{own}\n\n{said}; {cpu()}.\n\n{table(rows)}"
     order = [heading(engine.name, form) for engine in ENGINES.values() for form in engine.formats]
     return "\n## ".join([INTRODUCTION, *(sections[one] for one in order if one in sections)])
 
