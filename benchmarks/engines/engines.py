@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from cases import Case
+from cases import KINDS, Case
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -102,6 +102,11 @@ def _transformers_fails(case: Case) -> bool:
     return case.format == "gguf" and "mistral" in case.model
 
 
+def _transformers_asked(case: Case) -> bool:
+    """Of GGUF, whose weights it only dequantizes, a grid of each type."""
+    return case.format != "gguf" or case.wrong or (case.grid in KINDS and not case.dense)
+
+
 def _llama_cpp(case: Case) -> Gate:
     """Beside codes llama.cpp rounds activations to 8 bits."""
     return Gate(largest=1e-4) if case.dense else Gate(mean=0.3, likelihood=0.03)
@@ -152,7 +157,7 @@ ENGINES = {
             ("compressed-tensors", "gguf"),
             _transformers,
             _transformers_fails,
-            asked=lambda case: case.wrong or not case.dense,
+            _transformers_asked,
         ),
         Engine(
             "gptqmodel",
