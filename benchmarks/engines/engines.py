@@ -97,11 +97,6 @@ def _transformers(case: Case) -> Gate:
     return Gate(largest=1e-2 if rounds else 1e-6)
 
 
-def _transformers_fails(case: Case) -> bool:
-    """It takes a GGUF file that is called after Mistral for one, and has no table for those."""
-    return case.format == "gguf" and "mistral" in case.model
-
-
 def _transformers_asked(case: Case) -> bool:
     """Of GGUF, whose weights it only dequantizes, a grid of each type."""
     return case.format != "gguf" or case.wrong or (case.grid in KINDS and not case.dense)
@@ -156,8 +151,7 @@ ENGINES = {
             ("by_transformers.py", "transformers", "compressed-tensors", "gguf", "torch"),
             ("compressed-tensors", "gguf"),
             _transformers,
-            _transformers_fails,
-            _transformers_asked,
+            asked=_transformers_asked,
         ),
         Engine(
             "gptqmodel",

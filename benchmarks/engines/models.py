@@ -96,7 +96,7 @@ def small(rule: str, config: PretrainedConfig) -> Small:
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     own = [key for key in ("attention_bias", "tie_word_embeddings") if getattr(config, key, False)]
     heads = [f"heads of {config.head_dim}"] if getattr(config, "head_dim", 64) == 32 else []
-    name = " ".join([config.model_type, *own, *heads, *([] if rule == "smollm" else [f"({rule})"])])
+    name = " ".join(["random", config.model_type, *own, *heads, *([] if rule == "smollm" else [f"({rule})"])])
     return Small(Described(name, config, torch.float32, tokenizer(rule), linear), weights)
 
 

@@ -100,7 +100,7 @@ def table(rows: Iterable[Row]) -> str:
 
 def cells(row: Row) -> list[str]:
     """One line of the table."""
-    model = "" if row.case.model == "llama" else f"{row.case.model}: "
+    model = "" if row.case.model == "random llama" else f"{row.case.model.removeprefix('random ')}: "
     name = f"**{model}{row.name}**" if row.case.wrong else f"{model}{row.name}"
     found = row.difference
     if found is None:

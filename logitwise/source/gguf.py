@@ -49,7 +49,7 @@ class GgufSource(Source):
         rule = reader.fields.get("tokenizer.ggml.pre")
         self._rule = "" if rule is None else str(rule.contents())
         self._processor: TensorProcessor = processor(self.config.to_dict())  # type: ignore[no-untyped-call]
-        # By the file's own architecture: transformers has a Mistral's config for some llama files, and no table for it.
+        # By the file's architecture: transformers takes a llama file called "mistral" for one, and has no such table.
         self._names: dict[str, str] = get_gguf_hf_weights_map(
             _TwoLevels(self._layout.model), self._processor, model_type=architecture
         )

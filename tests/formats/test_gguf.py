@@ -289,12 +289,12 @@ def test_model_written_and_read(name: str, dtype: torch.dtype, tmp_path: Path) -
         assert torch.equal(other.get_parameter(tensor), value.float()), tensor
 
 
-def test_mistral_is_read_where_its_name_says_so(tmp_path: Path) -> None:
+def test_model_called_mistral_is_read(tmp_path: Path) -> None:
     """transformers takes such a file for a Mistral's, of which it has no table of names."""
     model = random_model(CONFIGS["mistral"])
-    told = Described("org/tiny-mistral", model.config, model.dtype, tokenizer(), [])
+    told = Described("mistral", model.config, model.dtype, tokenizer(), [])
     FORMAT.write(tmp_path, ((name, FORMAT.kept(one)) for name, one in model.state_dict().items()), told, {})
-    source = open_stored(tmp_path / "tiny-mistral.gguf")
+    source = open_stored(tmp_path / "mistral.gguf")
     assert source.config.model_type == "mistral"
     for name, one in model.state_dict().items():
         assert torch.equal(source.read(name), one.to(source.dtype)), name
