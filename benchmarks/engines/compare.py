@@ -141,10 +141,14 @@ def compared(running: Process, case: Case, question: dict[str, Any]) -> Row:
     if "error" in answer:
         return Row(case, engine.name, None, answer["error"], engine.fails(case))
     difference = Difference.of(torch.tensor(answer["log_probabilities"], dtype=torch.float64), mine.of_text(ids))
-    expected, notes = engine.gate(case).met(difference) is not case.wrong, []
+    misread = engine.misreads(case)
+    expected, notes = (
+        engine.gate(case).met(difference) is not (case.wrong or bool(misread)),
+        [misread] if misread else [],
+    )
     if "token_ids" in answer:
         same = answer["token_ids"] == [tokenizer(text).input_ids for text in question["texts"]]
-        expected, notes = expected and same, [] if same else ["token ids of texts differ"]
+        expected, notes = expected and same, [*notes, *([] if same else ["token ids of texts differ"])]
     if "greedy" in answer:
         explained, said = same_answer(mine, question["prompt"], answer["greedy"], 2 * difference.largest)
         expected, notes = expected and explained, [*notes, said]

@@ -74,6 +74,7 @@ class Engine:
         formats: what it loads, by name.
         gate: of a checkpoint.
         fails: whether it is known not to run a checkpoint here; it then may, but must meet the gate if it does.
+        misreads: what it is known to leave out of a checkpoint, in words: such must miss the gate.
         asked: whether it is asked about a small checkpoint at all.
     """
 
@@ -82,6 +83,7 @@ class Engine:
     formats: tuple[str, ...]
     gate: Callable[[Case], Gate]
     fails: Callable[[Case], bool] = lambda case: False
+    misreads: Callable[[Case], str] = lambda case: ""
     asked: Callable[[Case], bool] = lambda case: True
 
     @property
@@ -95,6 +97,16 @@ def _transformers(case: Case) -> Gate:
     grid = case.grid if case.format == "compressed-tensors" else None
     rounds = grid is not None and not grid.symmetric and grid.scale_dtype != torch.float32
     return Gate(largest=1e-2 if rounds else 1e-6)
+
+
+def _transformers_fails(case: Case) -> bool:
+    """Of a GGUF file it does not read the size of Qwen3's heads."""
+    return case.format == "gguf" and "qwen3" in case.model
+
+
+def _transformers_misreads(case: Case) -> str:
+    """Of a GGUF file it does not read a Llama's attention biases."""
+    return "transformers reads no biases" if case.format == "gguf" and "attention_bias" in case.model else ""
 
 
 def _transformers_asked(case: Case) -> bool:
@@ -151,7 +163,9 @@ ENGINES = {
             ("by_transformers.py", "transformers", "compressed-tensors", "gguf", "torch"),
             ("compressed-tensors", "gguf"),
             _transformers,
-            asked=_transformers_asked,
+            _transformers_fails,
+            _transformers_misreads,
+            _transformers_asked,
         ),
         Engine(
             "gptqmodel",
@@ -168,7 +182,7 @@ ENGINES = {
             ("compressed-tensors", "gptq", "awq"),
             lambda case: Gate(largest=0.1, mean=0.02),
             _vllm_fails,
-            _vllm_asked,
+            asked=_vllm_asked,
         ),
     )
 }
