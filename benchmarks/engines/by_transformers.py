@@ -5,9 +5,12 @@
 The packages are those whose versions are told.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # gptqmodel's products for one text are not worth compiling
 
 import torch
 from answering import answer_all, by_logits

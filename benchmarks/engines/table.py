@@ -45,9 +45,9 @@ INTRODUCTION = """\
 
 Which checkpoints each engine loads, and how near its log-probabilities come to ours: of the same text, teacher-forced,
 in nats. Ours are transformers' in float32, with the weights that logitwise reads from the file. The model is a random
-Llama (4 blocks, hidden 256, intermediate 512, rotary base 123), every projection rounded to nearest; others are named.
-The type is that of the scales. A checkpoint meets the engine's gate or misses it; files that are wrong on purpose (in bold)
-must miss. Where an engine fails, its own error stands in the row.
+Llama (4 blocks, hidden 256, intermediate 512, rotary base 123), every projection rounded to nearest; others are named,
+and the type is that of the scales. A checkpoint meets the engine's gate or misses it; files that are wrong on purpose
+(in bold) must miss. Where an engine fails, its own error stands in the row.
 
 Gates, in nats: transformers 1e-6, and 1e-2 where it computes weights in the 16 bits of asymmetric layers' scales;
 gptqmodel 2e-2, since its kernels compute in less than float32; mlx-lm 5e-5; llama.cpp 1e-4 for files dequantized to
