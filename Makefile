@@ -2,15 +2,30 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL = -m pip install --quiet --disable-pip-version-check
+PIP = $(VENV)/bin/python $(INSTALL) --constraint constraints.txt
+COMPARE = $(VENV)/bin/python benchmarks/engines/compare.py
+LLAMA = $(if $(wildcard build/wheels/llama_cpp_python-*.whl),llama-cpp)
+ALL = transformers gptqmodel mlx llama-cpp vllm
 
-.PHONY: demo test check engine lint format clean
+.PHONY: demo test engines engines-all formats-page lint format clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/logitwise demo demo
 
 test: $(VENV)/.dev lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+
+# Engines that are there in seconds, llama.cpp where it is built already: logitwise's checkpoints in each of them.
+engines: $(VENV)/.dev $(patsubst %,.venv-%/.made,mlx $(LLAMA))
+	$(COMPARE) transformers mlx $(LLAMA)
+
+engines-all: $(VENV)/.dev $(patsubst %,.venv-%/.made,$(filter-out transformers,$(ALL)))
+	$(COMPARE) $(ALL)
+
+# The same, into docs/formats.md; `make formats-page ALL=mlx` for one engine's part of it.
+formats-page: $(VENV)/.dev $(patsubst %,.venv-%/.made,$(filter-out transformers,$(ALL)))
+	$(COMPARE) $(ALL) --page docs/formats.md
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -39,5 +54,24 @@ $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --editable ".[dev]"
 	@touch $@
 
+# Each engine in an environment of its own, since what they ask for excludes one another: torch with all it needs, where
+# it is one of them, and then what the file lists and nothing else.
+.venv-%/.made: benchmarks/engines/%.txt
+	@echo "making .venv-$*"
+	$(PYTHON) -m venv --clear $(@D)
+	if grep -q ^torch== $<; then $(@D)/bin/python $(INSTALL) --constraint $< $(TORCH); fi
+	mkdir -p build/wheels
+	$(@D)/bin/python $(INSTALL) --no-deps --find-links build/wheels --requirement $<
+	@touch $@
+
+.venv-llama-cpp/.made: build/wheels/.llama-cpp
+
+# From source, some ten minutes on two cores; once.
+build/wheels/.llama-cpp: benchmarks/engines/llama-cpp.txt | $(VENV)/.base
+	@echo "building llama.cpp: some ten minutes on two cores"
+	mkdir -p $(@D)
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(@D) $$(grep ^llama_cpp_python $<)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-* demo

@@ -49,7 +49,10 @@ class GgufSource(Source):
         rule = reader.fields.get("tokenizer.ggml.pre")
         self._rule = "" if rule is None else str(rule.contents())
         self._processor: TensorProcessor = processor(self.config.to_dict())  # type: ignore[no-untyped-call]
-        self._names: dict[str, str] = get_gguf_hf_weights_map(_TwoLevels(self._layout.model), self._processor)
+        # By the file's architecture: transformers takes a llama file called "mistral" for one, and has no such table.
+        self._names: dict[str, str] = get_gguf_hf_weights_map(
+            _TwoLevels(self._layout.model), self._processor, model_type=architecture
+        )
         self._parts: dict[str, list[str]] = {}
         for stored in self._tensors:
             name = self._names.get(stored) or self._names.get(stored.removesuffix(".weight"))

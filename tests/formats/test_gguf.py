@@ -289,6 +289,17 @@ def test_model_written_and_read(name: str, dtype: torch.dtype, tmp_path: Path) -
         assert torch.equal(other.get_parameter(tensor), value.float()), tensor
 
 
+def test_model_called_mistral_is_read(tmp_path: Path) -> None:
+    """transformers takes such a file for a Mistral's, of which it has no table of names."""
+    model = random_model(CONFIGS["mistral"])
+    told = Described("mistral", model.config, model.dtype, tokenizer(), [])
+    FORMAT.write(tmp_path, ((name, FORMAT.kept(one)) for name, one in model.state_dict().items()), told, {})
+    source = open_stored(tmp_path / "mistral.gguf")
+    assert source.config.model_type == "mistral"
+    for name, one in model.state_dict().items():
+        assert torch.equal(source.read(name), one.to(source.dtype)), name
+
+
 def test_rows_and_names_as_llama_cpp_has_them(tmp_path: Path) -> None:
     """By lists of their own: queries and keys interleaved, biases too; names as in llama.cpp."""
     model = random_model(CONFIGS["llama, biases"])
