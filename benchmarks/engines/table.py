@@ -53,7 +53,8 @@ Gates, in nats: transformers 1e-6, and 1e-2 where it computes weights in the 16 
 gptqmodel 2e-2, since its kernels compute in less than float32; mlx-lm 5e-5; llama.cpp 1e-4 for files dequantized to
 float32 and, beside codes, where it rounds activations to 8 bits, .3 on average and .03 of the mean log-probability;
 vLLM, in float16, .1, and .02 on average. What an engine is known to fail at or to leave out is in
-[engines.py](../benchmarks/engines/engines.py); anything else that fails or misses is an error of `make engines`.
+[engines.py](../benchmarks/engines/engines.py); anything else that fails or misses is an error of `make engines`. Models
+that people use are in [results](results.md#served-by-vllm-on-a-cpu), in vLLM too.
 
 ```
 make formats-page
