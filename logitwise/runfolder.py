@@ -61,7 +61,8 @@ class RunFolder:
         for name, q in quantized.items():
             tensors |= {f"{name}:{part}": tensor for part, tensor in zip(PARTS, q.parts(), strict=False)}
         for name, parts in (state or {}).items():
-            tensors |= {f"{name}:state:{part}": tensor for part, tensor in parts.items()}
+            # Copies, since a scale that nothing was learned of is the one that is stored.
+            tensors |= {f"{name}:state:{part}": tensor.clone() for part, tensor in parts.items()}
         self._write(key, tensors, record)
 
     def load_state(self, key: str, name: str, quantizer: nn.Module) -> None:

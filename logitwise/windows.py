@@ -97,7 +97,9 @@ def plan_steps(
                 learning |= settings.learning
         objective = recipe.objective if refit else "mse"
         starts = tuple(None if source is None else steps[source].key for source in sources[index])
-        keeps_state = any(index in own for own in sources[index + 1 :])
+        # The last fit keeps it for a later run by another objective, too.
+        is_last = not refit and blocks[-1] >= fork and recipe.start_last == "mse"
+        keeps_state = is_last or any(index in own for own in sources[index + 1 :])
         own = dict(blocks=[blocks[0], blocks[-1]], objective=objective, steps=length, batch=batch, rows=train)
         own |= dict(learning={role: vars(how) for role, how in learning.items()})
         own |= dict(digest=digest(train), starts=starts, keeps_state=keeps_state)

@@ -11,9 +11,11 @@ from source_files import llama_config, random_model, save
 
 MEASURE = """
 import ctypes, json, sys, torch
-import logitwise, logitwise.watch
+import logitwise, logitwise.learnable, logitwise.polish, logitwise.watch
 from logitwise.pipeline import quantize  # Python and torch are in the first figure
 torch.set_num_threads(1)
+for module in (logitwise.learnable, logitwise.polish):
+    module.free_memory = lambda device: 0  # where there is memory for it, codes and activations of all blocks are kept
 
 def memory(kind):  # ru_maxrss would count what the process that started this one had in memory
     lines = open("/proc/self/status").read().splitlines()
