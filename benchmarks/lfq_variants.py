@@ -26,6 +26,7 @@ import logitwise
 from logitwise.recipe import parse_settings
 from logitwise.skeleton import Skeleton
 from logitwise.source import open_source
+from logitwise.windows import roles_of
 
 GRIDS: dict[str, dict[str, Any]] = {
     "w2g64": {"bits": 2, "group_size": 64},
@@ -92,7 +93,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys of every variant, as key=value")
     parser.add_argument(
-        "--each", help="a recipe key and its values, as key=value,value: every variant with each of them"
+        "--each",
+        help="a recipe key and its values, as key=value,value: every variant with each of them; rates=.5,2 "
+        "are what the method's own rates are multiplied by, rates_last=.5,2 those of the final blocks",
     )
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -123,7 +126,7 @@ def work(given: argparse.Namespace) -> None:
         if train is None:
             base["calibration"] = calibration(given, Path(temporary) / "prompts.txt")
         asked = problems.usual(given.problems) + problems.harder(given.harder)
-        for (each, more), name in itertools.product(of_each(given.each), given.variants):
+        for (each, more), name in itertools.product(of_each(given.each, base), given.variants):
             began = time.monotonic()
             row: dict[str, Any] = {"grid": grid, "seed": seed, "variant": each + name, "calibration": given.calibration}
             row |= {"settings": given.set, "fitted_by": name}
@@ -146,12 +149,21 @@ def work(given: argparse.Namespace) -> None:
             print(f"{grid} seed {seed} {each}{name} ({found[-1]['seconds']} s): {kl_line(figures)} {right}", flush=True)
 
 
-def of_each(asked: str | None) -> list[tuple[str, dict[str, Any]]]:
+def of_each(asked: str | None, base: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What `--each` means: how a variant's name begins, and its settings."""
     if asked is None:
         return [("", {})]
     key, _, values = asked.partition("=")
-    return [(f"{key}={value}: ", parse_settings([f"{key}={value}"])) for value in values.split(",")]
+    table = {"rates": "learning", "rates_last": "learning_last"}.get(key)
+    if table is None:
+        return [(f"{key}={value}: ", parse_settings([f"{key}={value}"])) for value in values.split(",")]
+    recipe = logitwise.Recipe.load(None, **base)
+    own = {role: recipe.learning_of(role).model_dump() for role in roles_of(recipe)}
+    found = []
+    for value in values.split(","):
+        learning = {role: {**way, "rate": float(value) * way["rate"]} for role, way in own.items()}
+        found.append((f"{key}={value}: ", {table: learning}))
+    return found
 
 
 def calibration(given: argparse.Namespace, prompts: Path) -> str:
