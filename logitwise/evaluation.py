@@ -166,10 +166,9 @@ def inspect(model: str | Path) -> Contents:
     tensors: list[tuple[str, tuple[int, ...], str]] = []
     grids: Counter[str] = Counter()
     for name in source.names():
-        grid = source.grid(name) if isinstance(source, QuantizedSource) else None
-        grids += Counter([str(grid)] if grid else [])
-        stored = f"{grid.bits} bits" if grid else str(source.dtype).removeprefix("torch.")
-        tensors.append((name, source.shape(name), stored))
+        grid = source.grid_in_words(name) if isinstance(source, QuantizedSource) else None
+        grids += Counter([grid] if grid else [])
+        tensors.append((name, source.shape(name), source.stored_as(name)))
     several = len(grids) > 1
     in_words = "\n".join(f"{count} layers: {grid}" if several else grid for grid, count in sorted(grids.items()))
     tensors.sort(key=lambda entry: [int(part) if part.isdigit() else part for part in entry[0].split(".")])

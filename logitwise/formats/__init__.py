@@ -14,17 +14,25 @@ from logitwise.grid import Grid
 FORMATS: dict[str, Format] = {one.name: one for one in (CompressedTensors(), Gptq(), Awq(), Mlx(), Gguf())}
 """Every format by the name that `--format` takes."""
 
+AUTO = ("compressed-tensors", "mlx")
+"""What `--format auto` tries, in order: what has most loaders at any bits, then what holds asymmetric layers on several
+grids. GPTQ and AWQ hold nothing that the first does not; GGUF may need wider codes."""
+
 
 def choose(grids: Collection[Grid]) -> tuple[Format, str]:
     """The format that `--format auto` means for the grids of all layers, and the reason in one sentence.
 
     Errors: FormatError where no format holds the grids.
     """
-    chosen = FORMATS["compressed-tensors"]
-    reason = chosen.holds_grids(grids)
-    if reason is not None:
-        raise FormatError("no format holds this grid", reason, "choose other bits, group size or --scale-dtype")
-    return chosen, chosen.loaders(grids)
+    reasons: list[str] = []
+    for form in map(FORMATS.__getitem__, AUTO):
+        reason = form.holds_grids(grids)
+        if reason is None:
+            return form, "; ".join([form.loaders(grids), *reasons[:1]])
+        reasons.append(reason)
+    raise FormatError(
+        "no format holds this grid", reasons[0], "choose other bits, group size or --scale-dtype, or --symmetric"
+    )
 
 
 __all__ = ["FORMATS", "Awq", "CompressedTensors", "Described", "Format", "Gguf", "Gptq", "Mlx", "choose"]

@@ -42,6 +42,10 @@ class Source(ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with its chat template where it has one."""
 
+    def stored_as(self, name: str) -> str:
+        """How a tensor is stored, in a word: its type, or the bits of its codes."""
+        return str(self.dtype).removeprefix("torch.")
+
     @property
     def unused(self) -> list[str]:
         """Tensors of the files that the model has no place for (masks, rotary tables of older versions)."""
@@ -85,6 +89,15 @@ class QuantizedSource(Source):
     @abstractmethod
     def grid(self, name: str) -> Grid | None:
         """The grid of a weight; None where it is kept in full precision."""
+
+    def stored_as(self, name: str) -> str:
+        grid = self.grid(name)
+        return f"{grid.bits} bits" if grid else super().stored_as(name)
+
+    def grid_in_words(self, name: str) -> str | None:
+        """Where the codes of a weight lie; None where it is kept in full precision."""
+        grid = self.grid(name)
+        return str(grid) if grid else None
 
     def bits_stored(self, name: str) -> int | None:
         """Bits that a quantized weight takes, scales and zero points included; None where it is in full precision."""

@@ -212,6 +212,19 @@ class QuantizedGguf(GgufSource, QuantizedSource):
                     file.write(ordered.contiguous().view(torch.uint8).numpy().tobytes())
         return out.stat().st_size
 
+    def stored_as(self, name: str) -> str:
+        dtype, kind = self._float_of(name), self._kind(name)
+        if dtype is not None:
+            return str(dtype).removeprefix("torch.")
+        return f"{TYPES[kind].grid.bits} bits" if kind in TYPES else kind
+
+    def grid_in_words(self, name: str) -> str | None:
+        """That of its type, also of one whose codes are not read, such as Q4_K."""
+        kind = self._kind(name)
+        if self._float_of(name) is not None:
+            return None
+        return str(TYPES[kind].grid) if kind in TYPES else f"{kind}, whose codes lie on no grid that is read"
+
     def bits_stored(self, name: str) -> int | None:
         """Bits of a weight of any quantized type."""
         size = sum(int(self._tensors[part].n_bytes) for part in self._parts[name])

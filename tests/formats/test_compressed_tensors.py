@@ -1,5 +1,6 @@
 """The pack-quantized format: its tensors, its refusals, and transformers loading what was written."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,15 @@ def test_choose():
     assert choose({Grid(3, 64, False)})[1].endswith("vLLM should serve it on a GPU (not tried)")
     with pytest.raises(FormatError, match=r"no format holds this grid\n.*not 9"):
         choose({Grid(9, 64, False)})
+
+
+def test_choose_another_where_this_one_does_not_hold_the_grids():
+    mixed = {Grid(bits, 64, False, torch.float32) for bits in (2, 4)}
+    chosen, why = choose(mixed)
+    assert chosen is FORMATS["mlx"]
+    assert why == "mlx-lm 0.32 loads it; transformers loads layers on several grids only where all are symmetric"
+    with pytest.raises(FormatError, match=r"only where all are symmetric\n.*or --symmetric"):
+        choose({replace(grid, scale_dtype=torch.float16) for grid in mixed})  # which moves zero points in MLX
 
 
 @SIGNS

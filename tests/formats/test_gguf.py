@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import source_files
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
@@ -498,6 +499,19 @@ def test_files_of_other_writers(kind: str, tmp_path: Path) -> None:
     assert dense.read("model.embed_tokens.weight").dtype == torch.float16
     plain = write_gguf(model, tmp_path / "plain.gguf")
     assert type(open_stored(plain)) is GgufSource
+
+
+def test_contents_of_types_whose_codes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Super-blocks of 256 weights in 144 bytes lie on no grid of ours; norms are stored in float32."""
+    monkeypatch.setattr(source_files, "quantize", lambda w, kind: np.zeros((len(w), w.shape[1] // 256 * 144), np.uint8))
+    model = random_model(llama_config(hidden_size=256, intermediate_size=256))
+    file = write_gguf(model, tmp_path / "t.gguf", GGMLQuantizationType.Q4_K)
+    found = inspect(file)
+    assert found.grid == "Q4_K, whose codes lie on no grid that is read"
+    assert found.size.bits_per_weight == 4.5
+    kinds = {name: kind for name, _, kind in found.tensors}
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == "Q4_K"
+    assert {kind for name, kind in kinds.items() if "norm" in name} == {"float32"}
 
 
 RTN = {
