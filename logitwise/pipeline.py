@@ -6,6 +6,7 @@ source -> calibration rows -> rewrites -> stream of blocks -> fit -> run folder 
 import gc
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -100,7 +101,7 @@ def quantize(
         split(rows, recipe)
     if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
         watcher.say(f"{recipe.method} reads no text: --calibration is not used")
-    with repeatable():
+    with repeatable(), ExitStack() as running:
         writes_more = recipe.fresh_last or recipe.polish_fresh
         job = check(model, out, recipe, overwrite, reads and (rows is None or writes_more), revision, watcher)
         for name, choice in job.choices.items():
@@ -109,8 +110,9 @@ def quantize(
             names = ", ".join(dropped[:3]) + (", ..." if len(dropped) > 3 else "")
             watcher.say(f"left out, since the model has no place for them: {len(dropped)} tensors ({names})")
         folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"))
+        running.enter_context(folder.alone())
         if fresh:
-            folder.remove()
+            folder.empty()
         settings = {name: job.choices[name].value for name in ("device", "compute_dtype")}
         root = chain("logitwise", model=job.digest, versions=versions(), numerics=NUMERICS, **settings)
         data = rows_of_run(job.skeleton, recipe, rows, folder, root, watcher) if reads else None

@@ -8,6 +8,7 @@ enters them in the checkpoint; with `polish` then the scales of all blocks, thei
 import gc
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,14 +108,15 @@ def refit(
     recipe, out, began = recipe or Recipe.load(REFIT), Path(out), time.monotonic()
     check_output(out, overwrite)
     _check(recipe, rows)
-    with repeatable():
+    with repeatable(), ExitStack() as running:
         choices = choose_machine(recipe)
         device, dtype = torch.device(choices["device"].value), getattr(torch, choices["compute_dtype"].value)
         pair = open_pair(checkpoint, original, revision, device, dtype, watcher)
         check_windows(recipe, len(pair.student))
         folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"))
+        running.enter_context(folder.alone())
         if fresh:
-            folder.remove()
+            folder.empty()
         machine = {name: choice.value for name, choice in choices.items()}
         root = chain("refit", pair=pair.digest, versions=versions(), numerics=NUMERICS, **machine)
         data = rows_of_run(pair.teacher, recipe, rows, folder, root, watcher)

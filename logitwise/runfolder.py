@@ -8,16 +8,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from logitwise.calibration.rows import Rows
-from logitwise.errors import MachineError
+from logitwise.errors import MachineError, OutputError
 from logitwise.grid import Grid, Quantized
 from logitwise.polish import Polished
 from logitwise.source.rewritten import Changes
@@ -27,6 +29,9 @@ PARTS = ("codes", "scale", "zero", "minimum")
 
 POLISH_FIGURES = ("losses", "held_out", "kept", "tokens", "flat")
 """What the record of a polish holds."""
+
+
+LOCK = "lock"
 
 
 def chain(previous: str, **settings: Any) -> str:
@@ -141,6 +146,35 @@ class RunFolder:
         """A file for people."""
         self._make()
         (self.path / name).write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other runs out of the folder; a process that dies lets them in.
+
+        Errors: OutputError where another run is at work in it.
+        """
+        self._make()
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise OutputError(
+                f"another run is at work in {self.path}",
+                "both would write the same files",
+                "wait until it has ended, or choose another OUT",
+            ) from error
+        try:
+            yield
+        finally:
+            if [file.name for file in self.path.glob("*")] == [LOCK]:
+                self.remove()
+            lock.release()
+
+    def empty(self) -> None:
+        """Removes everything that is finished."""
+        for file in self.path.glob("*"):
+            if file.name != LOCK:
+                file.unlink()
 
     def remove(self) -> None:
         """The folder and everything in it."""

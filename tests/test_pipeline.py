@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import logitwise
 from logitwise import pipeline, stream
 from logitwise.calibration.rows import Rows
-from logitwise.errors import CalibrationError, FormatError, InputError, SourceError
+from logitwise.errors import CalibrationError, FormatError, InputError, OutputError, SourceError
 from logitwise.evaluation import evaluate, measure_models
 from logitwise.fit import Data, fit
 from logitwise.quantizers import INFORMED
@@ -93,6 +93,26 @@ def dense_logits(original: Path, quantized: Path, ids: torch.Tensor) -> torch.Te
     model.load_state_dict({name: source.read(name) for name in source.names()}, strict=False)
     with torch.no_grad():
         return model(input_ids=ids).logits
+
+
+def test_a_second_run_with_the_same_out_is_refused(folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    of_another = RunFolder(tmp_path / "out.run")
+    with of_another.alone():
+        of_another.note("first_row.txt", "its own")
+        with pytest.raises(OutputError, match=r"another run is at work in .*out.run\n.*\n.*choose another OUT"):
+            logitwise.quantize(folder, out, recipe(text, method="rtn", objective="mse"), fresh=True)
+        assert (of_another.path / "first_row.txt").read_text() == "its own"
+        assert not out.exists()
+    logitwise.quantize(folder, out, recipe(text, method="rtn", objective="mse"))
+    assert not of_another.path.exists()
+
+
+def test_a_run_that_is_refused_late_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("the hen", encoding="utf-8")
+    with pytest.raises(CalibrationError):
+        logitwise.quantize(folder, tmp_path / "out", recipe(tmp_path / "short.txt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
 @pytest.mark.parametrize("method", ["rtn", "flexround", "signround"])
