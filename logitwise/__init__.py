@@ -6,17 +6,20 @@ if TYPE_CHECKING:
     from logitwise.convert import export
     from logitwise.errors import LogitwiseError
     from logitwise.pipeline import Result, quantize
+    from logitwise.planning import Plan, plan
     from logitwise.recipe import Recipe
     from logitwise.refit import Refitted, refit
 
-__all__ = ["LogitwiseError", "Recipe", "Refitted", "Result", "export", "quantize", "refit"]
+__all__ = ["LogitwiseError", "Plan", "Recipe", "Refitted", "Result", "export", "plan", "quantize", "refit"]
 
 _PLACES = {
     "LogitwiseError": "errors",
+    "Plan": "planning",
     "Recipe": "recipe",
     "Refitted": "refit",
     "Result": "pipeline",
     "export": "convert",
+    "plan": "planning",
     "quantize": "pipeline",
     "refit": "refit",
 }

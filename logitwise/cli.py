@@ -1,8 +1,9 @@
 """The command line: one function a command, each a call of one public function."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,53 +88,25 @@ def quantize(
         bool, typer.Option("--strict", help="Exit with 3 where a fit gained nothing and was not kept.")
     ] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the written checkpoint back.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take, as `plan` does.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     log: Log = None,
 ) -> None:
     """Quantize a model block by block, the final blocks by the token probabilities, and write a checkpoint."""
-    if per_channel and group_size is not None:
-        raise RecipeError(
-            "--per-channel and --group-size exclude each other",
-            "a channel's scale is shared by the whole row",
-            "give one of them",
-        )
-    given = {
-        "bits": bits,
-        "group_size": group_size,
-        "symmetric": symmetric,
-        "target_bits": target_bits,
-        "method": method,
-        "objective": objective,
-        "final_blocks": final_blocks,
-        "polish": polish,
-        "polish_steps": polish_steps,
-        "start": start,
-        "format": format,
-        "scale_dtype": scale_dtype,
-        "calibration": calibration,
-        "rows": rows,
-        "row_tokens": row_tokens,
-        "rows_last": rows_last,
-        "held_out": held_out,
-        "steps": steps,
-        "batch": batch,
-        "keep": tuple(keep) if keep else None,
-        "seed": seed,
-        "device": device,
-    }
+    options = locals()  # its arguments, and nothing else yet
+    if dry_run:
+        _plan(options)
+        return
     with _watching(quiet, verbose, log) as watcher:
+        made = _recipe(options)
         from logitwise.pipeline import quantize as run
-        from logitwise.recipe import Recipe, parse_settings
         from logitwise.report.figures import show_result
 
-        changes = {name: value for name, value in given.items() if value is not None} | parse_settings(settings or [])
-        if per_channel:
-            changes["group_size"] = None
         result = run(
             model,
             out,
-            Recipe.load(recipe, **changes),
+            made,
             overwrite=overwrite,
             fresh=fresh,
             keep_run=keep_run,
@@ -144,6 +117,71 @@ def quantize(
         show_result(Console(), result)
         if strict and result.unmet:
             raise UnmetError(result.unmet[0], "--strict was given", f"the checkpoint is at {out} all the same")
+
+
+RECIPE_KEYS = (
+    *(
+        "bits",
+        "group_size",
+        "symmetric",
+        "target_bits",
+        "method",
+        "objective",
+        "final_blocks",
+        "polish",
+        "polish_steps",
+    ),
+    *("start", "format", "scale_dtype", "calibration", "rows", "row_tokens", "rows_last", "held_out", "steps", "batch"),
+    *("keep", "seed", "device"),
+)
+"""Options that are keys of a recipe."""
+
+
+def _recipe(options: dict[str, Any]) -> Any:
+    """The recipe that the options of a command ask for."""
+    from logitwise.recipe import Recipe, parse_settings
+
+    if options["per_channel"] and options["group_size"] is not None:
+        raise RecipeError(
+            "--per-channel and --group-size exclude each other",
+            "a channel's scale is shared by the whole row",
+            "give one of them",
+        )
+    changes = {name: options[name] for name in RECIPE_KEYS if options[name] is not None}
+    changes |= parse_settings(options["settings"] or [])
+    if options["per_channel"]:
+        changes["group_size"] = None
+    return Recipe.load(options["recipe"], **changes)
+
+
+def _options_of(command: Callable[..., None], *left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a function of **options the arguments of a command."""
+
+    def of(function: Callable[..., None]) -> Callable[..., None]:
+        parameters = [own for own in signature(command).parameters.values() if own.name not in left_out]
+        function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        return function
+
+    return of
+
+
+@app.command()
+@_options_of(quantize, "out", "overwrite", "fresh", "keep_run", "strict", "no_verify", "dry_run")
+def plan(**options: Any) -> None:
+    """What `quantize` with the same options would take: size, disk, memory, time, and which engines serve it."""
+    _plan(options)
+
+
+def _plan(options: dict[str, Any]) -> None:
+    with _watching(options["quiet"], options["verbose"], options["log"]) as watcher:
+        made = _recipe(options)
+        from logitwise.planning import plan as run
+        from logitwise.planning import refuse_unmet
+        from logitwise.report.figures import show_plan
+
+        found = run(options["model"], made, out=options.get("out"), revision=options["revision"], watcher=watcher)
+        show_plan(Console(), found)
+        refuse_unmet(found)
 
 
 @app.command()

@@ -73,6 +73,24 @@ class Job:
     left_alone: list[Fold]
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a job before a weight is read; names as those of `Job`."""
+
+    source: Source
+    skeleton: Skeleton
+    format: Format
+    model: Described
+    kept: Callable[[Slot], bool]
+    every: list[Slot]
+    choices: dict[str, Choice]
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Those that are quantized."""
+        return [slot for slot in self.every if not self.kept(slot)]
+
+
 def check(
     model: str | Path,
     out: Path,
@@ -87,6 +105,36 @@ def check(
     Errors: InputError.
     """
     check_output(out, overwrite)
+    outlined = outline(model, recipe, reads_text, revision)
+    source, skeleton, kept = outlined.source, outlined.skeleton, outlined.kept
+    with watcher.stage("Checking weights", len(source.names())) as stage:
+        digest = check_weights(source, lambda done, total: stage.advance())
+    with watcher.stage("Proving the replay", 1) as stage:
+        difference = skeleton.prove()
+        stage.advance()
+    folds, left_alone = _folds(recipe, skeleton, kept, watcher) if recipe.rewrites else ([], [])
+    fates = audit(source, outlined.every, kept)
+    return Job(
+        source,
+        skeleton,
+        outlined.format,
+        outlined.model,
+        kept,
+        outlined.slots,
+        fates,
+        outlined.choices,
+        digest,
+        difference,
+        folds,
+        left_alone,
+    )
+
+
+def outline(model: str | Path, recipe: Recipe, reads_text: bool, revision: str | None) -> Outline:
+    """What can be said of a job, or refused, before a weight is read.
+
+    Errors: InputError.
+    """
     _check_names(recipe)
     _check_roles(recipe)
     _check_read(recipe)
@@ -103,21 +151,13 @@ def check(
     check_windows(recipe, len(skeleton))
     kept = keeper(recipe.keep)
     every = [slot for block in range(len(skeleton)) for slot in skeleton.slots(block)]
-    slots = [slot for slot in every if not kept(slot)]
-    choices["format"] = _check_slots(slots, recipe)
+    choices["format"] = _check_slots([slot for slot in every if not kept(slot)], recipe)
     form, described = FORMATS[choices["format"].value], describe(source, skeleton)
     if (reason := form.holds_model(described)) is not None:
         raise FormatError(f"{form.name} cannot hold {source.name}", reason, "choose another --format")
     if recipe.symmetric is None and recipe.grid.symmetric:
         choices["symmetric"] = Choice(True, "transformers loads layers on several grids only where all are symmetric")
-    with watcher.stage("Checking weights", len(source.names())) as stage:
-        digest = check_weights(source, lambda done, total: stage.advance())
-    with watcher.stage("Proving the replay", 1) as stage:
-        difference = skeleton.prove()
-        stage.advance()
-    folds, left_alone = _folds(recipe, skeleton, kept, watcher) if recipe.rewrites else ([], [])
-    fates = audit(source, every, kept)
-    return Job(source, skeleton, form, described, kept, slots, fates, choices, digest, difference, folds, left_alone)
+    return Outline(source, skeleton, form, described, kept, every, choices)
 
 
 def describe(source: Source, skeleton: Skeleton) -> Described:

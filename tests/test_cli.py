@@ -143,5 +143,5 @@ def test_every_option_of_quantize_is_a_recipe_key_or_a_matter_of_the_run() -> No
 
     names = {parameter.name for parameter in get_command(app).commands["quantize"].params}  # type: ignore[attr-defined]
     run = {"model", "out", "per_channel", "recipe", "settings", "revision", "overwrite", "fresh", "keep_run", "strict"}
-    run |= {"no_verify"}
+    run |= {"no_verify", "dry_run"}
     assert names - run - {"quiet", "verbose", "log"} <= set(Recipe.model_fields)

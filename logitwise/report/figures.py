@@ -12,8 +12,9 @@ from logitwise.evaluation import Contents, Evaluation, Size
 from logitwise.formats import FORMATS
 from logitwise.measure.likelihood import Figure, Likelihood, kl_difference
 from logitwise.pipeline import Result
+from logitwise.planning import Plan
 from logitwise.refit import Refitted
-from logitwise.report.terminal import table
+from logitwise.report.terminal import clock, table
 
 COLUMNS = ("model", "MB", "bits/w", "bits/p", "perplexity", "KL", "top-1")
 KEY = (
@@ -45,6 +46,33 @@ def show_evaluation(console: Console, found: Evaluation) -> None:
     table(console, COLUMNS, rows)
     read = f"{found.likelihood.tokens:,} tokens in {where['rows']} rows of {where['row_tokens']}"
     console.print(f"{read}; {KEY.format(escape(str(where['reference'])))}", style="dim", highlight=False)
+
+
+def show_plan(console: Console, found: Plan) -> None:
+    """What a run will take."""
+    for name, choice in found.choices.items():
+        console.print(f"{name.replace('_', ' ')}: {choice.value} ({choice.why})", style="dim", highlight=False)
+    sums = f"{found.bits_per_weight:.2f} bits a weight, {found.bits_per_parameter:.2f} a parameter"
+    lines = [
+        ("checkpoint", _megabytes(found.size), sums),
+        ("disk meanwhile", _megabytes(found.size + found.run_folder), "the run folder included"),
+        ("RAM at most", _megabytes(found.ram), "Python and its libraries included"),
+    ]
+    if found.device_memory is not None:
+        lines.append(("GPU at most", _megabytes(found.device_memory), ""))
+    lines += [(name, clock(seconds), "") for name, seconds in found.seconds.items()]
+    lines.append(("time in all", clock(sum(found.seconds.values())), ""))
+    width = max(len(name) for name, _, _ in lines)
+    console.print()
+    for name, value, about in lines:
+        console.print(f"  {name:<{width}}  {value:>9}  [dim]{escape(about)}[/]".rstrip(), highlight=False)
+    console.print()
+    console.print(f"{found.loaders}.", highlight=False)
+    console.print("Layers shared by several GPUs (tensor parallel):", highlight=False)
+    for count, reason in found.splits.items():
+        console.print(f"  {count}: {escape(reason) if reason else 'yes'}", highlight=False)
+    for note in found.notes:
+        console.print(note, style="dim", highlight=False)
 
 
 def show_contents(console: Console, found: Contents, every: bool) -> None:

@@ -19,13 +19,14 @@ class _TimeLeft(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         if task.finished:
-            return Text(f"{_clock(task.elapsed)}", style="green")
+            return Text(f"{clock(task.elapsed)}", style="green")
         if task.fields["until"] is None:
             return Text("")
-        return Text(f"{_clock(max(0.0, task.fields['until'] - time.monotonic()))} left", style="cyan")
+        return Text(f"{clock(max(0.0, task.fields['until'] - time.monotonic()))} left", style="cyan")
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
+    """Hours, minutes and seconds."""
     whole = round(seconds or 0)
     if whole >= 3600:
         return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"
@@ -90,7 +91,7 @@ class TerminalWatcher(Watcher):
         """Into a file or a pipe: a line every minute in place of a bar."""
         began = time.monotonic()
         yield _Lines(self.console, title, total)
-        self.console.print(f"{title}: done in {_clock(time.monotonic() - began)}", highlight=False)
+        self.console.print(f"{title}: done in {clock(time.monotonic() - began)}", highlight=False)
 
     def say(self, sentence: str) -> None:
         if not self.quiet:
@@ -114,7 +115,7 @@ class _Lines(Stage):
         if now - self.spoke > 60 and 0 < units < self.total:
             left = (now - self.began) * (self.total - units) / units
             self.console.print(
-                f"{self.title}: {100 * units / self.total:.0f} %, {_clock(left)} left {detail}".rstrip(),
+                f"{self.title}: {100 * units / self.total:.0f} %, {clock(left)} left {detail}".rstrip(),
                 highlight=False,
             )
             self.spoke = now

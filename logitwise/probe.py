@@ -1,0 +1,235 @@
+"""What the parts of a run take, measured on made-up weights of the model's own shapes: nothing of its files is read.
+
+Everything runs through the code of the run itself, a few steps of it. Times are of one unit each (a step, a row through
+a block, a written token); how many there are is planning.py's to say.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event, Thread
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from logitwise.calibration.generate import write_answers
+from logitwise.calibration.prompts import shipped_prompts
+from logitwise.descent import Schedule
+from logitwise.fit import Data, Window, fit, measure, weights_of
+from logitwise.objectives import OBJECTIVES
+from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
+from logitwise.recipe import Recipe
+from logitwise.skeleton import Skeleton, Slot, load_whole
+from logitwise.source import Source
+from logitwise.watch import Stage
+from logitwise.windows import Step
+
+WRITTEN = 32
+"""Tokens of each answer that is written to see what a token takes."""
+BLOCKS_WRITTEN_WITH = 4
+LONG_ENOUGH = 1.0
+"""Seconds of steps that are timed, at most `MOST_STEPS` of them."""
+MOST_STEPS = 40
+
+
+class MadeUp(Source):
+    """The names, shapes and config of a source with made-up weights, perhaps of its first blocks alone.
+
+    Args:
+        source: whose shapes they are.
+        depth: how many blocks; all by default.
+    """
+
+    def __init__(self, source: Source, depth: int | None = None) -> None:
+        self.source, self.name, self.dtype, self.config = source, source.name, source.dtype, deepcopy(source.config)
+        if depth is not None:
+            text = self.config.get_text_config()
+            text.num_hidden_layers = depth
+            if getattr(text, "layer_types", None):
+                text.layer_types = text.layer_types[:depth]
+
+    def names(self) -> list[str]:
+        return self.source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        shape, generator = self.shape(name), torch.Generator().manual_seed(len(name))
+        if len(shape) < 2:
+            return torch.ones(shape, dtype=self.dtype)
+        return torch.empty(shape, dtype=self.dtype).normal_(std=0.02, generator=generator)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.source.tokenizer()
+
+    def extra_files(self) -> list[Path]:
+        return self.source.extra_files()
+
+    @property
+    def size_bytes(self) -> int:
+        return self.source.size_bytes
+
+
+@dataclass(frozen=True)
+class OfWindow:
+    """What fitting a window takes.
+
+    Args:
+        opening: seconds until it can learn: its weights in place, the start of every scale.
+        step: seconds of an optimiser step.
+        held_out_row: seconds of measuring one held-out row.
+        peak: bytes of the device at most, above what was there before and the streams.
+    """
+
+    opening: float
+    step: float
+    held_out_row: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class OfText:
+    """What writing text takes: seconds a token, and bytes of the device at most, above what was there before."""
+
+    token: float
+    peak: int
+
+
+def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], rows: int) -> OfWindow:
+    """What one window takes; on `rows` rows at most, and at least those of a step."""
+    skeleton = _skeleton(source, recipe)
+    ids = _ids(skeleton, max(step.batch, rows), recipe.row_tokens)
+    calls = skeleton.calls(recipe.row_tokens)
+    student = skeleton.embed(ids, batch=step.batch)
+    head = skeleton.head() if OBJECTIVES[step.objective].reads_head else None
+    weights = torch.ones(ids.shape, device=skeleton.device)
+    data = Data(student, student.clone(), weights, ids.to(skeleton.device), len(ids), step.batch)
+    objective = OBJECTIVES[step.objective](**(recipe.objective_settings if step.refit else {}))
+
+    def learn(steps: int) -> None:
+        schedule = Schedule(steps, step.batch, 1, step.learning.__getitem__, recipe.seed, "last")
+        fit(window, quantizers, objective, head, replace(data, held_out=0), schedule, Stage())
+
+    with _peak(skeleton.device) as peak:
+        began = _now(skeleton.device)
+        window = Window(skeleton, step.blocks, calls, kept)
+        start = STARTS["minmax"] if recipe.start in INFORMED else STARTS[recipe.start]
+        others = {}
+        if recipe.start in INFORMED:
+            informed, moments = INFORMED[recipe.start], window.moments(student, step.batch)
+            others = {s: (lambda w, grid, own=moments[s]: informed(w, grid, own)) for s in window.slots}
+        quantizers = window.quantizers(QUANTIZERS[recipe.method], recipe.grid_of, start, others)
+        opening = _now(skeleton.device) - began
+        if not step.steps:
+            return OfWindow(opening, 0.0, 0.0, peak())
+        few = _seconds(skeleton.device, lambda: learn(2))
+        more = max(1, min(MOST_STEPS, int(LONG_ENOUGH / (few / 2))))
+        many = _seconds(skeleton.device, lambda: learn(2 + more))
+        asked = _seconds(
+            skeleton.device,
+            lambda: measure(window, weights_of(quantizers, 1.0), objective, head, data, step.batch),
+        )
+    return OfWindow(opening, max(0.0, many - few) / more, asked / step.batch, peak())
+
+
+def of_forward(source: Source, recipe: Recipe, rows: int) -> float:
+    """Seconds of a row through a block without a gradient, of `rows` rows at most."""
+    skeleton = _skeleton(source, recipe)
+    ids = _ids(skeleton, rows, recipe.row_tokens)
+    hidden, calls, weights = skeleton.embed(ids), skeleton.calls(recipe.row_tokens), skeleton.load_block(0)
+    at_once = skeleton.rows_at_once(recipe.batch, recipe.row_tokens)
+    with torch.no_grad():
+        skeleton.advance(0, weights, hidden[:at_once], calls[0], at_once)
+        seconds = _seconds(skeleton.device, lambda: skeleton.advance(0, weights, hidden, calls[0], at_once))
+    return seconds / len(ids)
+
+
+def of_text(source: Source, recipe: Recipe, batch: int, depth: int) -> OfText:
+    """What the model's own text takes, from models of one block and of a few, in a straight line to `depth`."""
+    blocks = min(BLOCKS_WRITTEN_WITH, depth)
+    few, many = (_writing(MadeUp(source, count), recipe, batch) for count in (1, blocks))
+    more = (depth - 1) / max(1, blocks - 1)
+    token = few.token + more * max(0.0, many.token - few.token)
+    return OfText(token, int(few.peak + more * max(0, many.peak - few.peak)))
+
+
+def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:
+    device, dtype = torch.device(recipe.device), getattr(torch, recipe.compute_dtype)
+    with _peak(device) as peak:
+        model = load_whole(source, device, dtype)
+
+        def write() -> int:
+            written = write_answers(
+                model,
+                source.tokenizer(),
+                shipped_prompts(batch, recipe.seed),
+                tokens=batch * 10 * WRITTEN,
+                answer_tokens=WRITTEN,
+                batch=batch,
+                seed=recipe.seed,
+            )
+            return sum(sum(document.counts) for document in written)
+
+        each = []
+        for _ in range(3):
+            began = _now(device)
+            tokens = write()
+            each.append((_now(device) - began) / tokens)
+    del model
+    gc.collect()
+    return OfText(min(each), peak())
+
+
+def _skeleton(source: Source, recipe: Recipe) -> Skeleton:
+    return Skeleton(MadeUp(source), torch.device(recipe.device), getattr(torch, recipe.compute_dtype))
+
+
+def _ids(skeleton: Skeleton, rows: int, tokens: int) -> Tensor:
+    vocabulary = skeleton.model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    began = _now(device)
+    work()
+    return _now(device) - began
+
+
+@contextmanager
+def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
+    """A function that says, afterwards, how many bytes more than before were in use at most: of a GPU, or of RAM."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    process, ended = psutil.Process(), Event()
+    before = most = process.memory_info().rss
+
+    def look() -> None:
+        nonlocal most
+        while not ended.wait(0.005):
+            most = max(most, process.memory_info().rss)
+
+    looking = Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        yield lambda: most - before
+    finally:
+        ended.set()
+        looking.join()

@@ -1,0 +1,116 @@
+"""Plans: sizes as they come to be, nothing read of the weights, and what does not fit or cannot be shared is said."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from source_files import llama_config, random_model, save
+from test_pipeline import TINY, folder, recipe, text  # noqa: F401
+from typer.testing import CliRunner
+
+import logitwise
+from logitwise.cli import app
+from logitwise.errors import RecipeError
+from logitwise.planning import Plan
+from logitwise.probe import MadeUp
+from logitwise.source import open_source
+
+RTN = {"method": "rtn", "objective": "mse"}
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}
+PARTS = [
+    "reading and checking the model",
+    "fitting blocks",
+    "fitting the final blocks by lfq",
+    "writing and reading back",
+]
+
+
+@pytest.mark.parametrize("changes", [RTN, {**RTN, "keep": ("down_proj",), "bits": 5, "symmetric": True}])
+def test_sizes_are_those_of_the_checkpoint(tmp_path: Path, changes: dict[str, object]) -> None:
+    model = save(random_model(llama_config(**WIDE)), tmp_path / "wide")
+    asked = logitwise.Recipe.load(None, **{"group_size": 64, **changes})
+    planned = logitwise.plan(model, asked)
+    made = logitwise.quantize(model, tmp_path / "out", asked, keep_run=True)
+    assert planned.size == pytest.approx(made.report["size_bytes"], rel=0.02)  # the headers of the files
+    assert planned.bits_per_weight == pytest.approx(made.report["bits_per_weight"], rel=1e-6)
+    assert planned.bits_per_parameter == pytest.approx(made.report["bits_per_parameter"], rel=0.02)
+    assert planned.run_folder == pytest.approx(sum(f.stat().st_size for f in (tmp_path / "out.run").iterdir()), rel=0.2)
+    fates = [fate["fate"] for fate in made.report["audit"]]
+    assert (planned.quantized, planned.kept) == (fates.count("quantized"), fates.count("kept"))
+    assert planned.unmet == []
+
+
+def test_no_weight_is_read_and_every_part_has_a_time(folder: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    shapes = tmp_path / "shapes"
+    config = llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=256)
+    save(random_model(config), shapes)
+    file = shapes / "model.safetensors"
+    save_file({name: torch.full_like(x, torch.nan) for name, x in load_file(file).items()}, file, {"format": "pt"})
+    planned = logitwise.plan(shapes, recipe(text))  # a run would refuse these weights
+    assert list(planned.seconds) == PARTS
+    assert all(seconds > 0 for seconds in planned.seconds.values())
+    polished = logitwise.plan(shapes, recipe(text, polish=True, calibration="self"))
+    assert {"polishing", "writing calibration text"} <= polished.seconds.keys()
+    twice = logitwise.plan(shapes, recipe(text, steps=2 * TINY["steps"]))
+    assert twice.seconds["fitting blocks"] > planned.seconds["fitting blocks"]
+
+
+def test_made_up_weights_have_the_shapes_and_are_the_same_each_time(folder: Path) -> None:  # noqa: F811
+    source = open_source(folder)
+    made, shallow = MadeUp(source), MadeUp(source, 1)
+    for name in source.names():
+        assert made.read(name).shape == source.shape(name) == made.shape(name)
+        assert torch.equal(made.read(name), made.read(name))
+        assert not torch.equal(made.read(name), source.read(name)) or len(source.shape(name)) == 1
+    assert shallow.config.num_hidden_layers == 1
+    assert source.config.num_hidden_layers == 2
+
+
+def test_layers_that_gpus_cannot_share(tmp_path: Path) -> None:
+    model = save(random_model(llama_config(**WIDE)), tmp_path / "wide")  # 4 heads, 2 of keys
+    planned = logitwise.plan(model, logitwise.Recipe.load(None, **RTN, group_size=128))
+    assert planned.splits[1] is None
+    assert planned.splits[2] is None
+    assert (
+        planned.splits[4] == "model.layers.0.self_attn.o_proj would have 64 inputs on each of 4, no whole groups of 128"
+    )
+    assert planned.splits[8] == "4 attention heads with 2 for keys cannot be shared by 8"
+    assert logitwise.plan(model, logitwise.Recipe.load(None, **RTN, group_size=64)).splits[4] is None
+
+
+def test_what_does_not_fit_is_refused_with_what_would_help(
+    folder: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    little = type("Memory", (), {"total": 2**20, "available": 2**20})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+    found = CliRunner().invoke(
+        app,
+        [
+            "plan",
+            str(folder),
+            "--calibration",
+            f"text:{text}",
+            *["--group-size", "16", "--rows", "8", "--row-tokens", "32"],
+        ],
+    )
+    assert "time in all" in found.stdout
+    assert isinstance(found.exception, RecipeError)
+    assert found.exception.exit_code == 2
+    assert "GiB of RAM are needed, there are 0.0" in found.exception.why
+    assert found.exception.remedy.startswith("fewer --rows")
+
+
+def test_a_dry_run_is_a_plan(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--method", "rtn", "--objective", "mse", "--group-size", "16", "--bits", "3"]
+    dry = CliRunner().invoke(app, ["quantize", str(folder), str(tmp_path / "out"), *options, "--dry-run"])
+    planned = CliRunner().invoke(app, ["plan", str(folder), *options])
+    assert dry.exit_code == planned.exit_code == 0
+    for output in (dry.stdout, planned.stdout):
+        assert "4.19 bits a weight" in output
+        assert "rounding blocks" in output
+    assert list(tmp_path.iterdir()) == []
+    assert isinstance(logitwise.plan(folder, recipe(tmp_path, **RTN)), Plan)
