@@ -11,10 +11,11 @@ from test_pipeline import TINY, folder, recipe, text  # noqa: F401
 from typer.testing import CliRunner
 
 import logitwise
+from logitwise import planning
 from logitwise.cli import app
 from logitwise.errors import RecipeError
 from logitwise.planning import Plan
-from logitwise.probe import MadeUp
+from logitwise.probe import MadeUp, OfText, OfWindow
 from logitwise.source import open_source
 
 RTN = {"method": "rtn", "objective": "mse"}
@@ -53,8 +54,26 @@ def test_no_weight_is_read_and_every_part_has_a_time(folder: Path, text: Path, t
     assert all(seconds > 0 for seconds in planned.seconds.values())
     polished = logitwise.plan(shapes, recipe(text, polish=True, calibration="self"))
     assert {"polishing", "writing calibration text"} <= polished.seconds.keys()
-    twice = logitwise.plan(shapes, recipe(text, steps=2 * TINY["steps"]))
-    assert twice.seconds["fitting blocks"] > planned.seconds["fitting blocks"]
+
+
+def test_units_are_multiplied_by_how_many_the_run_has(
+    folder: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two blocks, 24 rows and 8 held out, 6 steps of 4 rows, held-out rows asked 3 times."""
+    monkeypatch.setattr(planning, "of_text", lambda *given: OfText(token=1e3, peak=5))
+    monkeypatch.setattr(planning, "of_forward", lambda *given: 1.0)
+    of_last = OfWindow(opening=3e3, step=5e5, held_out_row=7e6, peak=9)
+    of_others = OfWindow(opening=1e2, step=1e4, held_out_row=1e6, peak=7)
+    monkeypatch.setattr(planning, "of_window", lambda *given: of_last if given[2].refit else of_others)
+    asked = recipe(text, calibration="self", polish=True, polish_steps=5, polish_batch=2)
+    seconds = logitwise.plan(folder, asked).seconds
+    assert seconds["writing calibration text"] == 1e3 * (24 + 8 + 2) * 24
+    assert seconds["fitting blocks"] == 2 * (1e2 + 6 * 1e4 + 3 * 8 * 1e6) + 2 * 2 * 32 * 1.0
+    assert seconds["fitting the final blocks by lfq"] == 3e3 + 6 * 5e5 + 3 * 8 * 7e6 + 2 * 8 * 7e6
+    block, head = 1e4 / 4, 5e5 / 4 - 1e4 / 4
+    assert seconds["polishing"] == pytest.approx(5 * 2 * (2 * block + head) + 2 * (32 + 2 * 8 * 3))
 
 
 def test_made_up_weights_have_the_shapes_and_are_the_same_each_time(folder: Path) -> None:  # noqa: F811
