@@ -1,14 +1,15 @@
 """The loop that learns: steps, rates, held-out checks, and which iterate is kept. Knows nothing of what is learned."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from logitwise.optimizers import Optimizers, held_rate, rate_at
 from logitwise.recipe import Learning
 from logitwise.watch import Stage
 
@@ -54,6 +55,19 @@ class Course:
     flat: int | None
 
 
+@dataclass(frozen=True)
+class Halfway:
+    """Where a descent keeps how far it is, at every check, so that it can be gone on with.
+
+    Args:
+        save: keeps tensors and figures (JSON values) in place of those of before.
+        load: gives them back; None where there are none.
+    """
+
+    save: Callable[[dict[str, Tensor], dict[str, Any]], None]
+    load: Callable[[], tuple[dict[str, Tensor], dict[str, Any]] | None]
+
+
 def descend(
     parameters: Sequence[tuple[str, nn.Parameter]],
     learn: Callable[[int], Tensor],
@@ -63,6 +77,8 @@ def descend(
     stage: Stage,
     units: float = 1,
     after_step: Callable[[], None] = lambda: None,
+    halfway: Halfway | None = None,
+    skip: Callable[[int], None] = lambda steps: None,
 ) -> Course:
     """Learns, and leaves the iterate that is kept in the parameters.
 
@@ -73,6 +89,8 @@ def descend(
         check: raises where a parameter is no longer a number.
         stage: advances by `units` a step.
         after_step: called after each optimiser step.
+        halfway: where it goes on from, and keeps how far it is; for what has no state but these parameters.
+        skip: called where it goes on, with the number of steps that were done.
     """
     optimizers = Optimizers(parameters, schedule.learning)
     best = _Best([parameter for _, parameter in parameters])
@@ -80,8 +98,21 @@ def descend(
     losses: list[Tensor] = []
     held_out: list[tuple[int, float]] = []
     step, steps, falls, flat = 0, schedule.steps, schedule.steps, None
+    resumed = None if halfway is None else halfway.load()
+    if resumed is not None:
+        tensors, figures = resumed
+        step, steps, falls, flat = (figures[name] for name in ("step", "steps", "falls", "flat"))
+        held_out, losses = [(at, value) for at, value in figures["held_out"]], list(tensors["losses"].unbind())
+        best.restore_from(tensors, figures["best"])
+        optimizers.restore_from(tensors)
+        with torch.no_grad():
+            for index, (_, parameter) in enumerate(parameters):
+                parameter.copy_(tensors[f"parameter {index}"])
+        skip(step)
+        stage.advance(units * step)
+    asked = step if resumed else None  # the check that was done before it was kept
     while True:
-        if step in checks or step == steps:
+        if (step in checks or step == steps) and step != asked:
             check()
             if measure is not None:
                 held_out.append((step, measure()))
@@ -93,12 +124,17 @@ def descend(
             falls, steps = step, min(steps, step + max(1, step // 4))
         if step == steps:
             break
+        if halfway is not None and step in checks and step not in (0, asked):
+            now = {f"parameter {index}": parameter.detach() for index, (_, parameter) in enumerate(parameters)}
+            now |= {"losses": torch.stack(losses)} | best.tensors() | optimizers.tensors()
+            figures = {"step": step, "steps": steps, "falls": falls, "flat": flat, "held_out": held_out}
+            halfway.save(now, figures | {"best": [best.step, best.value]})
         loss = learn(step)
         if schedule.choose == "batch":
             best.offer(step, loss.item())
         if schedule.until_flat:
             share = min(1.0, (steps - step) / max(1, steps - falls))
-            optimizers.step(partial(_held_rate, steps=schedule.steps, share=share))
+            optimizers.step(partial(held_rate, steps=schedule.steps, share=share))
         else:
             optimizers.step(partial(rate_at, step=step, steps=steps))
         after_step()
@@ -123,101 +159,22 @@ class _Best:
             self.step, self.value = step, math.inf if math.isnan(value) else value
             self._iterate = [parameter.detach().clone() for parameter in self.parameters]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The iterate, to be kept."""
+        return {f"best {index}": value for index, value in enumerate(self._iterate)}
+
+    def restore_from(self, tensors: Mapping[str, Tensor], figures: Sequence[Any]) -> None:
+        """The iterate and its step and value, as they were kept."""
+        self.step, self.value = figures
+        if self.step is not None:
+            self._iterate = [tensors[f"best {i}"].to(p.device) for i, p in enumerate(self.parameters)]
+
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the best iterate back; the last one stays where nothing was offered."""
         if self.step is not None:
             for parameter, value in zip(self.parameters, self._iterate, strict=True):
                 parameter.copy_(value)
-
-
-class SignSGD(torch.optim.Optimizer):
-    """p <- p - rate * sign(gradient), as SignRound is published."""
-
-    def __init__(self, params: Iterable[dict[str, list[nn.Parameter]]]) -> None:
-        super().__init__(params, {"lr": 0.0})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                # The sign of NaN is 0, which would hide it.
-                parameter.sub_(parameter.grad.sign() + 0 * parameter.grad, alpha=group["lr"])
-
-
-class Lion(torch.optim.Optimizer):
-    """p <- p - rate * (sign(.9 m + .1 g) + decay * p), then m <- .95 m + .05 g (Chen et al., 2023, arXiv 2302.06675).
-
-    The second beta is GSQ's; .99 is usual.
-    """
-
-    betas = (0.9, 0.95)
-
-    def __init__(self, params: Iterable[dict[str, list[nn.Parameter]]], decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": 0.0, "decay": decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                gradient, state = parameter.grad, self.state[parameter]
-                if not state:
-                    state["mean"] = torch.zeros_like(parameter)
-                direction = state["mean"].lerp(gradient, 1 - self.betas[0])
-                state["mean"].lerp_(gradient, 1 - self.betas[1])
-                hidden = 0 * direction  # nothing, but NaN where the sign, which is 0 there, would hide it
-                parameter.mul_(1 - group["lr"] * group["decay"])
-                parameter.sub_(direction.sign_().add_(hidden), alpha=group["lr"])
-
-
-class Optimizers:
-    """An optimiser for each role, as the recipe says.
-
-    torch's schedulers are not used: they and their optimiser hold each other, so that a window's parameters would stay
-    in memory until Python looks for cycles.
-
-    Args:
-        parameters: each with its role.
-        learning: how a role is learned.
-    """
-
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], learning: Callable[[str], Learning]) -> None:
-        by_role: dict[str, list[nn.Parameter]] = {}
-        for role, parameter in parameters:
-            by_role.setdefault(role, []).append(parameter)
-        self._each: list[tuple[torch.optim.Optimizer, Learning]] = []
-        for role, own in by_role.items():
-            how = learning(role)
-            self._each.append((_optimizer(how, [{"params": own}]), how))
-
-    def step(self, rate: Callable[[Learning], float]) -> None:
-        """One step of each at the rate of its role; gradients are let go."""
-        for optimizer, learning in self._each:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(learning)
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def _optimizer(learning: Learning, group: list[dict[str, list[nn.Parameter]]]) -> torch.optim.Optimizer:
-    if learning.optimizer == "sign_sgd":
-        return SignSGD(group)
-    return Lion(group, learning.decay) if learning.optimizer == "lion" else torch.optim.Adam(group, fused=True)
-
-
-def rate_at(learning: Learning, step: int, steps: int) -> float:
-    """The learning rate of a step, the first being step 0."""
-    rate = learning.rate / (steps if learning.per == "fit" else 1)
-    if learning.schedule == "constant":
-        return rate
-    done = step / steps
-    fallen = 0.5 * (1 - math.cos(math.pi * done)) if learning.schedule == "cosine" else done
-    return rate * (1 - (1 - learning.end) * fallen)
-
-
-def _held_rate(learning: Learning, steps: int, share: float) -> float:
-    """A share of the first step's rate, without the schedule."""
-    return share * rate_at(learning, 0, steps)
 
 
 def row_order(rows: int, batch: int, seed: int) -> Iterator[Tensor]:

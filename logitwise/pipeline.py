@@ -215,7 +215,7 @@ def _polish(
             polish = Polish(job.skeleton, recipe, rows, len(data.held_out), codes, job.kept)
             batch = recipe.polish_batch or recipe.batch
             fresh = _fresh(job, recipe, batch, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
-            folder.save_polished(key, polish.run(stage, fresh))
+            folder.save_polished(key, polish.run(stage, fresh, folder.halfway(key)))
         del polish, fresh
         gc.collect()  # recorded blocks hold themselves in cycles
     polished = folder.load_polished(key)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from logitwise.calibration.rows import Rows
-from logitwise.descent import Schedule, descend
+from logitwise.descent import Halfway, Schedule, descend
 from logitwise.errors import MachineError
 from logitwise.fit import Data, batches_of
 from logitwise.grid import Quantized, merge, split, store_through
@@ -178,11 +178,11 @@ class Polish:
 
     # ---- the fit
 
-    def run(self, stage: Stage, fresh: Iterator[Rows] | None = None) -> Polished:
+    def run(self, stage: Stage, fresh: Iterator[Rows] | None = None, halfway: Halfway | None = None) -> Polished:
         """Learns, and keeps the iterate that is best on the held-out rows.
 
         With `fresh` rows, which come after those it has, no row is learned from twice, until held-out KL is flat.
-        `stage` advances by one a step.
+        `stage` advances by one a step. `halfway` keeps how far it is.
 
         Errors: MachineError where a parameter stops being a number.
         """
@@ -201,18 +201,24 @@ class Polish:
         learnable, parameters = self._learnable(calls), list(self._parameters())
         tokens = torch.zeros((), dtype=torch.int64, device=self.skeleton.device)
 
-        def learn(step: int) -> Tensor:
+        def take() -> tuple[Data, Tensor | slice]:
             part, rows = next(batches)
             tokens.add_((part.weights[rows] > 0).sum())
-            return self._learn(part, rows, learnable)
+            return part, rows
+
+        def skip(steps: int) -> None:
+            for _ in range(steps):
+                take()
 
         course = descend(
             parameters,
-            learn,
+            lambda step: self._learn(*take(), learnable),
             (lambda: self._measure(data, calls)) if self.held_out else None,
             lambda: _refuse_not_a_number(parameters),
             schedule,
             stage,
+            halfway=halfway,
+            skip=skip,
         )
         return Polished(*self._outcome(), course.losses, course.held_out, course.kept, int(tokens), course.flat)
 

@@ -276,7 +276,7 @@ def _polish(
     if not folder.has(key):
         with watcher.stage("Polishing all scales", recipe.polish_steps) as stage:
             polish = Polish(pair.student, recipe, rows, len(data.held_out), stored, pair.kept, pair.teacher)
-            folder.save_polished(key, polish.run(stage))
+            folder.save_polished(key, polish.run(stage, halfway=folder.halfway(key)))
         del polish
         gc.collect()
     polished = folder.load_polished(key)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from logitwise.calibration.rows import Rows
+from logitwise.descent import Halfway
 from logitwise.errors import MachineError, OutputError
 from logitwise.grid import Grid, Quantized
 from logitwise.polish import Polished
@@ -99,6 +100,15 @@ class RunFolder:
         kinds = {"scale": polished.scales, "minimum": polished.minima, "vector": polished.vectors}
         tensors = {f"{kind}:{name}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
         self._write(key, tensors, {name: getattr(polished, name) for name in POLISH_FIGURES})
+
+    def halfway(self, key: str) -> Halfway:
+        """Where the descent of an unfinished part keeps how far it is."""
+        own = chain(key, part="halfway")
+
+        def load() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+            return (load_file(self.path / f"{own}.safetensors"), self.record(own)) if self.has(own) else None
+
+        return Halfway(lambda tensors, figures: self._write(own, tensors, figures), load)
 
     def load_polished(self, key: str) -> Polished:
         """A finished polish."""

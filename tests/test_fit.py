@@ -9,11 +9,12 @@ import torch
 from helpers import VOCABULARY, MemorySource, tiny_model
 from torch import Tensor, nn
 
-from logitwise.descent import Optimizers, Schedule, SignSGD, rate_at
+from logitwise.descent import Schedule
 from logitwise.errors import MachineError
 from logitwise.fit import Data, Fitted, Window, fit, measure, weights_of
 from logitwise.grid import Grid, Quantized, freeze
 from logitwise.objectives import OBJECTIVES, Objective, Taps
+from logitwise.optimizers import Optimizers, SignSGD, rate_at
 from logitwise.quantizers import QUANTIZERS, STARTS, Quantizer, Role, Start
 from logitwise.recipe import Learning, Recipe
 from logitwise.skeleton import Skeleton, Slot

@@ -19,6 +19,7 @@ from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError, FormatError, InputError, OutputError, SourceError
 from logitwise.evaluation import evaluate, measure_models
 from logitwise.fit import Data, fit
+from logitwise.polish import Polish
 from logitwise.quantizers import INFORMED
 from logitwise.runfolder import RunFolder
 from logitwise.skeleton import Skeleton
@@ -504,6 +505,40 @@ def test_a_run_that_stopped_goes_on_and_gives_the_same_bytes(folder: Path, text:
     assert "1 of 3 fits were finished before" in listener.said
     whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
     assert whole == resumed
+    assert not (tmp_path / "out.run").exists()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_polish_that_stopped_goes_on_and_gives_the_same_bytes(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh: bool,
+) -> None:
+    """Of 12 steps 10 are done, and how far it was is kept after 9, in a file that the finished polish outlives."""
+    changes = {"calibration": "self", "rows": 12, "held_out": 4, "row_tokens": 48, "checks": 4, "temperature": 1.5}
+    asked = logitwise.Recipe.load(
+        None, **{**TINY, **changes, "polish": True, "polish_steps": 12, "polish_fresh": fresh}
+    )
+    whole = logitwise.quantize(folder, tmp_path / "whole", asked)
+    true_learn, calls = Polish._learn, []
+
+    def stopping(*given):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return true_learn(*given)
+
+    monkeypatch.setattr(Polish, "_learn", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        logitwise.quantize(folder, tmp_path / "out", asked)
+    assert not (tmp_path / "out").exists()
+    calls[:] = [1] * 11
+    resumed = logitwise.quantize(folder, tmp_path / "out", asked)
+    assert len(calls) - 11 == len(whole.report["polish"]["losses"]) - 9
+    assert resumed.report["polish"] == whole.report["polish"]
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
+    assert one == other
     assert not (tmp_path / "out.run").exists()
 
 

@@ -168,7 +168,7 @@ def test_the_same_command_goes_on_where_it_ended(
     came = rounded(folder, text, tmp_path / "came", group_size=16)
     whole = refit(came, tmp_path / "whole", original=folder, recipe=asked(text, polish=True, polish_steps=8))
 
-    def stops(self: Polish, *rest: object) -> None:
+    def stops(self: Polish, *rest: object, **more: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

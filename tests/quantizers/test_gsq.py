@@ -6,8 +6,8 @@ import torch
 from formulas import COLUMNS, ROWS, STEPS, Array, layer
 from helpers import assert_finite_differences
 
-from logitwise.descent import Lion
 from logitwise.grid import Grid, codes_of
+from logitwise.optimizers import Lion
 from logitwise.quantizers import STARTS, gsq
 from logitwise.quantizers.gsq import GumbelSoftmax
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from formulas import COLUMNS, ROWS, STEPS, Array, assert_slopes_of_the_frozen_rounding, layer
 
-from logitwise.descent import SignSGD
 from logitwise.grid import Grid
+from logitwise.optimizers import SignSGD
 from logitwise.quantizers import STARTS, signround
 from logitwise.quantizers.signround import SignRound
 from logitwise.quantizers.starts import group_range
