@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from quantized_files import write_model
 from source_files import llama_config, random_model, save, tokenizer, write_gguf
 
@@ -27,6 +28,7 @@ FOLDER = (
     "tokenizer_config.json",
     "generation_config.json",
 )
+GRIDS = {"compressed-tensors": Grid(4, 32, True), "mlx": Grid(4, 32, False, torch.float32)}
 QUANTIZED = ("gptq", "awq", "compressed-tensors", "mlx")
 
 
@@ -42,7 +44,7 @@ def read_model(model: Path, with_tokenizer: bool = True) -> bool:
                 if isinstance(source, QuantizedSource) and (codes := source.quantized(name)) is not None:
                     assert tuple(codes.codes.shape) == source.shape(name), name
     except LogitwiseError as error:
-        assert error.what and error.why and error.remedy
+        _check_message(error)
         return False
     return True
 
@@ -60,9 +62,13 @@ def read_texts(file: Path) -> bool:
             assert isinstance(reader(file), list)
             done.append(True)
         except LogitwiseError as error:
-            assert error.what and error.why and error.remedy
+            _check_message(error)
             done.append(False)
     return all(done)
+
+
+def _check_message(error: LogitwiseError) -> None:
+    assert error.what and error.why and error.remedy
 
 
 class Victim:
@@ -76,14 +82,14 @@ class Victim:
     def __init__(self, kind: str, place: Path) -> None:
         self.kind, self.model = kind, place / kind
         if kind == "gguf":
-            config = llama_config(vocab_size=110, num_hidden_layers=1)
+            config = llama_config(vocab_size=300, num_hidden_layers=1)
             self.model = write_gguf(random_model(config), place / "tiny.gguf")
         elif kind == "folder":
             save(random_model(llama_config(num_hidden_layers=1)), self.model)
         else:
             form = FORMATS[kind]
             self.model.mkdir()
-            write_model(form, Grid(4, 32, kind == "compressed-tensors"), self.model)
+            write_model(form, GRIDS.get(kind, Grid(4, 32, False)), self.model)
             tokenizer().save_pretrained(self.model)
         self.parts = ("file",) if kind == "gguf" else tuple(part for part in FOLDER if self._file(part).exists())
 

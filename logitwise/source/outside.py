@@ -1,4 +1,4 @@
-"""Bounds on a folder from outside, checked before anything in it is parsed: where links lead, how much is read whole."""
+"""Bounds on a folder from outside, before anything in it is parsed: where links lead, how much is read whole."""
 
 import json
 from pathlib import Path
