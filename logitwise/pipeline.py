@@ -109,7 +109,7 @@ def quantize(
         if dropped := [fate.tensor for fate in job.fates if fate.fate == "dropped"]:
             names = ", ".join(dropped[:3]) + (", ..." if len(dropped) > 3 else "")
             watcher.say(f"left out, since the model has no place for them: {len(dropped)} tensors ({names})")
-        folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"))
+        folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"), watcher)
         running.enter_context(folder.alone())
         if fresh:
             folder.empty()
