@@ -154,7 +154,7 @@ def quantize(
         report = write(job, out, recipe.grid_of, codes, polished, report, overwrite, verify, watcher)
         if not keep_run:
             folder.remove()
-    return Result(out, recipe, job.choices, made_by[-1].objective, held_out_kl, unmet, report)
+        return Result(out, recipe, job.choices, made_by[-1].objective, held_out_kl, unmet, report)
 
 
 def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, watcher: Watcher) -> list[Step]:
