@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -78,7 +79,7 @@ def _run(
     try:
         cli.main()
     finally:
-        with open(COUNTED, "w", encoding="utf-8") as file:
+        with suppress(OSError), open(COUNTED, "w", encoding="utf-8") as file:
             file.write(str(changes))
 
 
