@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from logitwise.errors import LogitwiseError, RecipeError, UnmetError
+from logitwise.errors import LogitwiseError, MachineError, RecipeError, UnmetError
 
 app = typer.Typer(
     add_completion=False,
@@ -363,6 +363,13 @@ def main() -> None:
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except OSError as error:
+        remedy = "make room, or give another place, and run the same command again: finished blocks are kept"
+        console.print(
+            f"[bold red]logitwise:[/] {escape(str(error.filename or 'a file'))} cannot be used\n"
+            f"  why:  {escape(str(error.strerror or error))}\n  do:   {remedy}"
+        )
+        code = MachineError.exit_code
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

@@ -12,6 +12,7 @@ from logitwise.errors import FormatError, SourceError
 from logitwise.formats import FORMATS, Described, Format
 from logitwise.formats.checkpoint import check_output, staged, write_json
 from logitwise.grid import Grid, Quantized
+from logitwise.machine import repeatable
 from logitwise.modelcard import model_card
 from logitwise.preflight import describe
 from logitwise.skeleton import Skeleton, Slot
@@ -37,6 +38,7 @@ class Exported:
     layers: int
 
 
+@repeatable()
 def export(
     checkpoint: str | Path,
     out: str | Path,

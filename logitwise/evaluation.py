@@ -11,7 +11,7 @@ import torch
 from logitwise.calibration import documents_of, separator_of
 from logitwise.calibration.rows import Rows, pack
 from logitwise.errors import CalibrationError
-from logitwise.machine import choose_machine, versions
+from logitwise.machine import choose_machine, repeatable, versions
 from logitwise.measure.likelihood import VERSION, Likelihood, as_json, likelihood, outputs
 from logitwise.pair import check_shapes
 from logitwise.recipe import Recipe
@@ -61,6 +61,7 @@ class Evaluation:
         return {**own, "reference_perplexity": reference, "conditions": self.conditions}
 
 
+@repeatable()
 def evaluate(
     model: str | Path,
     *,

@@ -1,10 +1,12 @@
 """What the machine decides: device, computing type, versions; and a scope in which results repeat."""
 
 import platform
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
+import numpy as np
 import torch
 
 from logitwise.errors import RecipeError
@@ -51,16 +53,27 @@ def _version(package: str) -> str:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Inside this context the same seed gives the same bits; the caller's random state is left as it was."""
+    """Inside this context the same seed gives the same bits, whatever the caller has set.
+
+    The caller's generators and torch's settings are left as they were.
+    """
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    with torch.random.fork_rng():
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()  # libraries draw from both
+    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Filling every new tensor would make the model's empty parameters real memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
         try:
             yield
         finally:
+            torch.set_float32_matmul_precision(precision)
+            torch.set_default_dtype(dtype)
             torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            random.setstate(drawn)
+            np.random.set_state(drawn_by_numpy)

@@ -109,7 +109,7 @@ def quantize(
         if dropped := [fate.tensor for fate in job.fates if fate.fate == "dropped"]:
             names = ", ".join(dropped[:3]) + (", ..." if len(dropped) > 3 else "")
             watcher.say(f"left out, since the model has no place for them: {len(dropped)} tensors ({names})")
-        folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"))
+        folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"), watcher)
         running.enter_context(folder.alone())
         if fresh:
             folder.empty()
@@ -154,7 +154,7 @@ def quantize(
         report = write(job, out, recipe.grid_of, codes, polished, report, overwrite, verify, watcher)
         if not keep_run:
             folder.remove()
-    return Result(out, recipe, job.choices, made_by[-1].objective, held_out_kl, unmet, report)
+        return Result(out, recipe, job.choices, made_by[-1].objective, held_out_kl, unmet, report)
 
 
 def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, watcher: Watcher) -> list[Step]:

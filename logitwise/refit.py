@@ -113,7 +113,7 @@ def refit(
         device, dtype = torch.device(choices["device"].value), getattr(torch, choices["compute_dtype"].value)
         pair = open_pair(checkpoint, original, revision, device, dtype, watcher)
         check_windows(recipe, len(pair.student))
-        folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"))
+        folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"), watcher)
         running.enter_context(folder.alone())
         if fresh:
             folder.empty()

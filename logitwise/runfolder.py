@@ -9,12 +9,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from logitwise.errors import MachineError, OutputError
 from logitwise.grid import Grid, Quantized
 from logitwise.polish import Polished
 from logitwise.source.rewritten import Changes
+from logitwise.watch import SILENT, Watcher
 
 PARTS = ("codes", "scale", "zero", "minimum")
 """What is stored of a quantized weight, the last where its grid has it."""
@@ -46,14 +47,25 @@ class RunFolder:
 
     Args:
         path: the folder, made when something is first saved.
+        watcher: hears of what is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, watcher: Watcher = SILENT) -> None:
+        self.path, self.watcher = path, watcher
+        self._whole: set[str] = set()
 
     def has(self, key: str) -> bool:
-        """Whether the part is finished; its JSON is written last."""
-        return (self.path / f"{key}.json").is_file() and (self.path / f"{key}.safetensors").is_file()
+        """Whether the part is finished, and what is stored of it is what was written; if not, that is said."""
+        if key not in self._whole and (self.path / f"{key}.json").is_file():
+            try:
+                whole = self._stored(key)["sha256"] == self._digest(key, self.record(key))
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                whole = False
+            if whole:
+                self._whole.add(key)
+            else:
+                self.watcher.say(f"{self.path / key}.* is damaged or incomplete: that part is made again")
+        return key in self._whole
 
     def save(
         self,
@@ -84,7 +96,7 @@ class RunFolder:
 
     def record(self, key: str) -> dict[str, Any]:
         """The figures of a finished window."""
-        record: dict[str, Any] = json.loads((self.path / f"{key}.json").read_text("utf-8"))
+        record: dict[str, Any] = self._stored(key)["record"]
         return record
 
     def load(self, key: str, grid: Grid, name: str) -> Quantized:
@@ -155,7 +167,10 @@ class RunFolder:
     def note(self, name: str, text: str) -> None:
         """A file for people."""
         self._make()
-        (self.path / name).write_text(text, encoding="utf-8")
+        try:
+            (self.path / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise self._not_written(error) from error
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -198,18 +213,43 @@ class RunFolder:
                 f"the run folder {self.path} cannot be made", str(error), "free the place or choose another OUT"
             ) from error
 
+    def _stored(self, key: str) -> dict[str, Any]:
+        stored: dict[str, Any] = json.loads((self.path / f"{key}.json").read_text("utf-8"))
+        return stored
+
+    def _digest(self, key: str, record: dict[str, Any]) -> str:
+        """A hash of what is stored of a part: its tensors' file and its record."""
+        with (self.path / f"{key}.safetensors").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(json.dumps(record, sort_keys=True).encode())
+        return digest.hexdigest()
+
     def _write(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Both files of a part, each whole or not there, whatever happens to process or machine; the JSON is last."""
         self._make()
         partial = self.path / f"{key}.partial"
         try:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-            os.replace(partial, self.path / f"{key}.safetensors")
-            partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-            os.replace(partial, self.path / f"{key}.json")
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise MachineError(
-                f"{self.path} cannot be written",
-                str(error),
-                "free some disk and run the same command again: finished blocks are kept",
-            ) from error
+            self._settle(partial, f"{key}.safetensors")
+            record = json.loads(json.dumps(record))
+            content = {"sha256": self._digest(key, record), "record": record}
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            self._settle(partial, f"{key}.json")
+        except (OSError, SafetensorError) as error:  # the second where safetensors itself cannot write
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise self._not_written(error) from error
+        self._whole.add(key)
+
+    def _settle(self, partial: Path, name: str) -> None:
+        """Gives a file its name once its content is on the disk."""
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, self.path / name)
+
+    def _not_written(self, error: Exception) -> MachineError:
+        return MachineError(
+            f"{self.path} cannot be written",
+            str(error),
+            "free some disk and run the same command again: finished blocks are kept",
+        )

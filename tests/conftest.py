@@ -14,6 +14,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=10, help="How often each kind of run is killed (test_kills.py).")
+
+
 @pytest.fixture(autouse=True)
 def compiled_without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's compiler cannot trace the checks of types, so what it compiles goes without them."""

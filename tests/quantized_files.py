@@ -46,5 +46,6 @@ def write_model(form: Format, grid: Grid, folder: Path) -> tuple[PreTrainedModel
         state |= form.tensors(name.removesuffix(".weight"), one)
     write_checkpoint(folder, state.items())
     grids = {name.removesuffix(".weight"): grid for name in written}
-    write_config(folder, model.config, form.quantization_config(grids, ["lm_head"]), torch.float32)
+    described = form.quantization_config(grids, ["lm_head"])
+    write_config(folder, model.config, described, torch.float32, form.config_keys)
     return model, written

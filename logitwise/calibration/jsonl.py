@@ -1,6 +1,5 @@
 """Calibration from JSON lines: plain text, prompt and completion, or chat messages."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitwise.calibration.chat import Message, completed, conversation
 from logitwise.calibration.rows import Document
-from logitwise.calibration.text import read_utf8, whole
+from logitwise.calibration.text import check_length, parse, read_utf8, whole
 from logitwise.errors import CalibrationError
 
 PROMPT_KEYS = ("prompt", "question")
@@ -26,12 +25,11 @@ def read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Document]
         if not line.strip():
             continue
         place = f"{path}, line {number}"
+        check_length(line, place)
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(
-                f"{place} is not JSON", f"{error.msg} at column {error.colno}", "write one JSON object a line"
-            ) from error
+            record = parse(line)
+        except ValueError as error:
+            raise CalibrationError(f"{place} is not JSON", str(error), "write one JSON object a line") from error
         if not isinstance(record, dict):
             raise CalibrationError(
                 f"{place} is not a JSON object", f"it is of type {type(record).__name__}", f"use the keys {KNOWN}"

@@ -1,12 +1,11 @@
 """Prompts for the model to answer: those that ship with the package, or a file's."""
 
-import json
 import random
 import tomllib
 from importlib.resources import files
 from pathlib import Path
 
-from logitwise.calibration.text import read_utf8
+from logitwise.calibration.text import check_length, parse, read_utf8
 from logitwise.errors import CalibrationError
 
 PATIENCE = 1000  # draws in a row that bring nothing new before the prompts count as used up
@@ -58,6 +57,7 @@ def prompts_of_file(path: Path) -> list[str]:
     for number, line in enumerate(read_utf8(path).splitlines(), start=1):
         if not line.strip():
             continue
+        check_length(line, f"{path}, line {number}")
         prompts.append(prompt_of_json(path, number, line) if line.lstrip().startswith("{") else line.strip())
     return prompts
 
@@ -65,13 +65,14 @@ def prompts_of_file(path: Path) -> list[str]:
 def prompt_of_json(path: Path, number: int, line: str) -> str:
     """The prompt in one JSON line."""
     try:
-        prompt = json.loads(line).get("prompt")
-    except json.JSONDecodeError as error:
+        record = parse(line)
+    except ValueError as error:
         raise CalibrationError(
             f"{path}, line {number} is not JSON",
-            f"it begins with a brace, but {error.msg} at column {error.colno}",
+            f"it begins with a brace, but {error}",
             "write one prompt a line, or one JSON object with the key prompt",
         ) from error
+    prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
         raise CalibrationError(
             f"{path}, line {number} has no prompt",

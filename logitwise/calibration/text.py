@@ -1,5 +1,6 @@
 """Calibration from a plain text file."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,14 +13,21 @@ from logitwise.errors import CalibrationError
 DOCUMENT_TOKENS = 300  # passages are merged up to this length, so that some documents can be held out
 
 
+MOST_BYTES = 1 << 28  # of a file, which is read whole; a calibration needs some megabytes of text
+MOST_CHARACTERS = 1 << 22  # of a document, which is tokenized at once: about a million tokens
+
+
 def read_utf8(path: Path) -> str:
     """The text of a file.
 
-    Errors: CalibrationError where it is missing, empty, binary or not UTF-8.
+    Errors: CalibrationError where it is missing, empty, too large, binary or not UTF-8.
     """
     if not path.is_file():
         why = "it is a folder" if path.is_dir() else "there is no such file"
         raise CalibrationError(f"the file {path} cannot be read", why, "check the path")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        why = f"it has {size} bytes; at most {MOST_BYTES} are read, and some megabytes are enough"
+        raise CalibrationError(f"the file {path} is too large", why, "give a part of it")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -44,6 +52,32 @@ def read_utf8(path: Path) -> str:
     return text
 
 
+def check_length(text: str, place: str) -> None:
+    """Errors: CalibrationError, naming the place, where a text is too long to be tokenized at once."""
+    if len(text) > MOST_CHARACTERS:
+        raise CalibrationError(
+            f"{place} is too long",
+            f"it has {len(text)} characters; at most {MOST_CHARACTERS} make one document",
+            "break it into shorter ones",
+        )
+
+
+def parse(line: str) -> object:
+    """The JSON value in a line.
+
+    Errors: ValueError with the reason, where it is none, nested too deeply, or holds text that is no Unicode.
+    """
+    try:
+        value = json.loads(line)
+        if "\\ud" in line.lower():  # half of a pair, written as an escape, is no character
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
+
+
 def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
     """Passages (blank lines between them) in order, merged into documents of some hundred tokens; every token counts.
 
@@ -53,6 +87,7 @@ def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
     merged: list[str] = []
     length = 0
     for passage in re.split(r"\n[^\S\n]*\n\s*", read_utf8(path).strip()):
+        check_length(passage, f"a passage of {path} (up to a blank line)")
         merged.append(passage)
         length += len(text_ids(tokenizer, passage, special=False))
         if length >= DOCUMENT_TOKENS:

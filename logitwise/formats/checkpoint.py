@@ -1,5 +1,6 @@
 """Writing a complete checkpoint folder: the weight files, config.json, and the folder that appears only when whole."""
 
+import glob
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -202,6 +204,7 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
     check_output(out, overwrite)
     out = out.resolve()
     staging = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    _sweep(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
@@ -209,11 +212,21 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
         remedy = "where another run is not writing it, remove it; else give another OUT"
         raise OutputError(f"{staging} cannot be created", str(error), remedy) from error
     try:
-        yield staging
-        check_output(out, overwrite)
-        _take_place(staging, out)
+        with writing(out):
+            yield staging
+            check_output(out, overwrite)
+            _take_place(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sweep(out: Path) -> None:
+    """Removes what processes that were killed have left beside OUT, but not the only whole checkpoint there is."""
+    for kind in ("tmp", "old") if out.exists() else ("tmp",):
+        for folder in out.parent.glob(f"{glob.escape(out.name)}.{kind}-*"):
+            process = folder.name.rpartition("-")[2]
+            if process.isdecimal() and not psutil.pid_exists(int(process)):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _take_place(staging: Path, out: Path) -> None:
@@ -221,6 +234,7 @@ def _take_place(staging: Path, out: Path) -> None:
     former = out.with_name(f"{out.name}.old-{os.getpid()}")
     if not out.exists():
         staging.rename(out)
+        _sweep(out)
         return
     out.rename(former)
     try:

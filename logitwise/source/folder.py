@@ -1,16 +1,17 @@
 """A model in a folder as `save_pretrained` writes it: config.json, safetensors, tokenizer files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from logitwise.errors import SourceError
 from logitwise.source.base import Source
+from logitwise.source.growth import check_growth
 from logitwise.source.layout import layout_of
+from logitwise.source.outside import check_config, check_files, read_json
 from logitwise.source.shards import DTYPES, Shards
 
 CARRIED = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
@@ -78,7 +79,11 @@ class FolderSource(Source):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights."""
         try:
+            if (file := self.folder / "tokenizer.json").is_file():
+                check_growth(file)
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except SourceError:
+            raise
         except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
             raise SourceError(
                 f"{self.folder} has no tokenizer that can be loaded",
@@ -122,41 +127,17 @@ class FolderSource(Source):
 def read_config(folder: Path) -> PretrainedConfig:
     """The config of a folder; code that comes with a model is never run.
 
-    Errors: SourceError where there is none, or only its own code could read it.
+    Errors: SourceError where there is none, only its own code could read it, or the folder is out of bounds.
     """
-    raw = _read_json(folder / "config.json")
-    model_type = raw.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        wants_code = "auto_map" in raw
-        raise SourceError(
-            f"{folder} has an architecture that is not supported: {model_type!r}",
-            "it comes with its own Python code (auto_map), which logitwise never runs"
-            if wants_code
-            else "the installed transformers does not know this model_type",
-            "use a model whose class is part of transformers" + ("" if wants_code else ", or a newer transformers"),
-        )
+    check_files(folder)
+    file = folder / "config.json"
+    check_config(read_json(file), file)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config from outside may fail in any way inside transformers' constructors
         raise SourceError(
-            f"{folder / 'config.json'} cannot be used",
+            f"{file} cannot be used",
             f"{type(error).__name__}: {error}",
             "check the file, or fetch the model again",
         ) from error
     return config
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise SourceError(
-            f"{file.parent} has no {file.name}",
-            f"a model folder holds {file.name} beside its safetensors files",
-            "give the folder that holds it; a .gguf file is given by its own path",
-        )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SourceError(f"{file} is not JSON", str(error), "fetch the file again") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{file} is not a JSON object", f"it holds a {type(content).__name__}", "fetch it again")
-    return content

@@ -176,9 +176,18 @@ class _Reader(GGUFReader):
                 return end - orig_offs, [kind, count], [], [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
         return super()._get_field_parts(orig_offs, int(raw_type))
 
+    def _get_str(self, offset: int) -> tuple[np.ndarray, np.ndarray]:
+        length, content = super()._get_str(offset)
+        if len(content) != int(length[0]):
+            raise ValueError(f"a string of {length[0]} bytes goes beyond the end")
+        return length, content
+
     def _end_of_array(self, offset: int, kind: GGUFValueType, count: int) -> int:
         if kind != GGUFValueType.STRING:
-            return offset + count * int(np.dtype(self.gguf_scalar_to_np[kind]).itemsize)
+            end = offset + count * int(np.dtype(self.gguf_scalar_to_np[kind]).itemsize)
+            if end > self.data.size:
+                raise ValueError(f"an array of {count} numbers goes beyond the end")
+            return end
         length = struct.Struct("<Q" if self.endianess == GGUFEndian.LITTLE else ">Q")
         for _ in range(count):
             offset += 8 + length.unpack_from(self.data.data, offset)[0]
@@ -190,7 +199,7 @@ def _open(file: Path) -> _Reader:
         reader = _Reader(file)
         if not isinstance(reader.fields["general.architecture"].contents(), str):
             raise ValueError("general.architecture is not a string")
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, struct.error, OSError) as error:
+    except Exception as error:  # the tables in the file may be wrong in any way
         raise SourceError(
             f"{file} cannot be read",
             f"it is not a GGUF file, or truncated or corrupt ({file.stat().st_size} bytes; {error})",
@@ -217,20 +226,22 @@ def _config(reader: GGUFReader, architecture: str, file: Path) -> PretrainedConf
     transformers would walk the vocabulary for it (ten seconds), so it is shown an outline of the file: all its keys
     but the long arrays, and the names of its tensors without what is in them.
     """
+    blocks, head_dim = (reader.fields.get(f"{architecture}.{key}") for key in ("block_count", "attention.key_length"))
     try:
+        if blocks is not None and int(blocks.contents()) > len(reader.tensors):
+            raise ValueError(f"it has {blocks.contents()} blocks, but {len(reader.tensors)} tensors")
         with tempfile.TemporaryDirectory() as folder:
             _write_outline(reader, architecture, Path(folder) / file.name)
             config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=file.name)
+        # What transformers does not look for: the size of heads that is no share of the hidden size, and biases.
+        if head_dim is not None and config.model_type == "qwen3":
+            config.head_dim = int(head_dim.contents())
     except Exception as error:  # the keys of a file from outside may be wrong in any way
         raise SourceError(
             f"{file.name} has an architecture or keys that are not supported: {architecture}",
             f"{type(error).__name__}: {error}",
             "use the model's safetensors folder instead",
         ) from error
-    # What transformers does not look for: the size of heads that is no share of the hidden size, and biases.
-    head_dim = reader.fields.get(f"{architecture}.attention.key_length")
-    if head_dim is not None and config.model_type == "qwen3":
-        config.head_dim = int(head_dim.contents())
     if architecture in OPTIONAL_BIASES:
         config.attention_bias = any(tensor.name.endswith(".attn_q.bias") for tensor in reader.tensors)
     return config

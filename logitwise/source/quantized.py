@@ -105,7 +105,7 @@ class QuantizedFolder(FolderSource, QuantizedSource):
                     "fetch the model again",
                 )
             return form
-        method = self.config.quantization_config.get("quant_method")
+        method = str(self.config.quantization_config.get("quant_method"))
         if method == auto_round.METHOD:
             return auto_round.packed_as(self.config.quantization_config)
         named = {name: form for name, form in IN_CONFIG.items() if form.config_keys[0] == "quantization_config"}

@@ -13,6 +13,8 @@ from logitwise.errors import SourceError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MOST_HEADER = 1 << 24
+"""Bytes: some 100,000 tensors in one file."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -57,7 +59,7 @@ class Shards:
         try:
             with safe_open(file, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(name).clone()
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last of torch, where a file became shorter
             raise _unreadable(file, error, f"tensor {name} of {file.name}") from error
         return tensor
 
@@ -69,16 +71,16 @@ def _listed(folder: Path) -> dict[str, Path]:
     try:
         names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         listed = {str(tensor): str(file) for tensor, file in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(
             f"{INDEX} cannot be read",
             f"it should be a JSON object whose weight_map gives the file of each tensor ({error!r})",
             "fetch the model again",
         ) from error
     for tensor, file in listed.items():
-        if file != Path(file).name or "\\" in file or not file.endswith(".safetensors"):
+        if not _is_plain(file):
             raise SourceError(
-                f"{INDEX} places tensor {tensor} in {file!r}",
+                f"{INDEX} places tensor {tensor} in {file[:200]!r}",
                 "only .safetensors files beside the index itself are read",
                 "do not use this model before you know who changed its index",
             )
@@ -87,6 +89,12 @@ def _listed(folder: Path) -> dict[str, Path]:
                 f"shard {file} is missing", f"{INDEX} places tensor {tensor} in it", "fetch the model again"
             )
     return {tensor: folder / file for tensor, file in listed.items()}
+
+
+def _is_plain(file: str) -> bool:
+    """Whether a name can only be that of a file beside the index."""
+    plain = file == Path(file).name and "\\" not in file and file.isprintable() and len(file) < 256
+    return plain and file.endswith(".safetensors")
 
 
 def _single(folder: Path) -> Path:
@@ -117,6 +125,10 @@ def _single(folder: Path) -> Path:
 
 def _header(file: Path) -> dict[str, Entry]:
     try:
+        with file.open("rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if length > MOST_HEADER:
+            raise SafetensorError(f"its header should have {length} bytes; at most {MOST_HEADER} are read")
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
             return {name: Entry(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}

@@ -4,15 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-from source_files import llama_config, random_model, save
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+import torch
+from bounds import bounded
+from source_files import llama_config, random_model, save, tokenizer
+from transformers import BertConfig, BertForMaskedLM, Qwen2Config, T5Config, T5ForConditionalGeneration
 
 from logitwise.errors import SourceError
-from logitwise.source import open_source
+from logitwise.skeleton import Skeleton
+from logitwise.source import check_tokenizer, open_source
 
 
 def refusal(model: str | Path) -> str:
-    with pytest.raises(SourceError) as refused:
+    with bounded(), pytest.raises(SourceError) as refused:
         open_source(model)
     assert refused.value.exit_code == 2
     return str(refused.value)
@@ -75,9 +78,121 @@ def test_config_with_impossible_values(folder: Path):
 
 def test_config_with_more_blocks_than_the_files_can_hold(folder: Path):
     """Building such a model, even without weights, would not end."""
-    change_config(folder, num_hidden_layers=10**9)
+    change_config(folder, num_hidden_layers=5000)
     message = refusal(folder)
-    assert "asks for 1000000000 blocks, the files hold 21 tensors" in message
+    assert "asks for 5000 blocks, the files hold 21 tensors" in message
+
+
+NUMBERS = [10**12, -1, 0, 1.5, float("nan"), "many", None, [1]]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=str)
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "intermediate_size", "num_attention_heads"])
+def test_sizes_that_no_model_has(folder: Path, key: str, value: object):
+    change_config(folder, **{key: value})
+    message = refusal(folder)
+    assert "cannot be used" in message or "no model that can be built" in message or "has the wrong shape" in message
+    assert "  do:   " in message
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels"])
+@pytest.mark.parametrize("value", [10**9, 10**12, float("inf"), float("nan")])
+def test_counts_that_transformers_would_make_lists_of(folder: Path, key: str, value: float):
+    """Qwen2's config has a list with an entry for each block, and every config one with an entry for each label."""
+    Qwen2Config(vocab_size=40, hidden_size=32).save_pretrained(folder)
+    change_config(folder, **{key: value})
+    assert f"{key} is {value}\n  why:  no model has more than 10,000" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [-1, 0])
+def test_a_model_without_blocks(folder: Path, value: int):
+    change_config(folder, num_hidden_layers=value)
+    with pytest.raises(SourceError, match=r"no list of -1 blocks|cannot be replayed block by block"):
+        Skeleton(open_source(folder), torch.device("cpu"), torch.float32).prove()
+
+
+@pytest.mark.parametrize("content", [b'{"a":' * 100_000, b"[" * 100_000, b"\xff\xfe{", b'{"a":' + b"9" * 5000 + b"}"])
+def test_json_that_cannot_be_parsed(folder: Path, content: bytes):
+    (folder / "config.json").write_bytes(content)
+    assert "config.json is not JSON" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.json", "model.safetensors.index.json"])
+def test_files_too_large_to_be_parsed(folder: Path, name: str):
+    with (folder / name).open("ab") as file:
+        file.truncate(10**10)  # no more than a length: nothing of it is on the disk
+    assert f"{name} is too large\n  why:  it has 10000000000 bytes" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("model_type", ["llama"], "not supported: ['llama']"),
+        ("model_type", {"a": 1}, "not supported: {'a': 1}"),
+        ("architectures", 5, "architectures is 5\n  why:  it should be a list of names"),
+        ("architectures", [{"a": 1}], "it should be a list of names"),
+        ("quantization_config", 5, "config.json cannot be used"),
+        ("quantization_config", {"quant_method": ["gptq"]}, "is quantized by ['gptq']"),
+        ("text_config", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ("text_config", 5, "no model that can be built"),
+        ("dtype", "float99", "config.json cannot be used"),
+        ("rope_parameters", {"rope_type": "unheard-of"}, "no model that can be built"),
+    ],
+)
+def test_keys_of_another_kind(folder: Path, key: str, value: object, expected: str):
+    change_config(folder, **{key: value})
+    assert expected in refusal(folder)
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+def test_code_on_the_hub_that_would_be_fetched_and_run(folder: Path, key: str):
+    """transformers takes an attention of this form for a kernel to download."""
+    change_config(folder, **{key: "someone/kernel:attention"})
+    assert f"{key} is someone/kernel:attention\n  why:  it names code on the hub" in refusal(folder)
+
+
+def test_code_beside_a_model_that_transformers_knows_is_not_run(folder: Path):
+    """The model is read by the class of its type; a tokenizer that has only its own is refused."""
+    code = "from pathlib import Path\n(Path(__file__).parent / 'was_run').touch()\n"
+    for name in ("own.py", "configuration_own.py", "setup.py", "__init__.py"):
+        (folder / name).write_text(code)
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    change_config(folder, auto_map=classes)
+    source = open_source(folder)
+    Skeleton(source, torch.device("cpu"), torch.float32).prove()
+    assert source.tokenizer()("the")["input_ids"] == tokenizer()("the")["input_ids"]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SourceError, match=r"no tokenizer that can be loaded\n.*contains custom code"):
+        check_tokenizer(open_source(folder))
+    assert not (folder / "was_run").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "LICENSE", "extra/template.jinja"]
+)
+@pytest.mark.parametrize("target", ["../outside", "/dev/zero", "/etc/passwd", "/nowhere", "../tiny/../outside"])
+def test_a_link_out_of_the_folder(folder: Path, name: str, target: str):
+    """What it leads to would be carried into the checkpoint, which may then be published."""
+    (folder.parent / "outside").write_text("a secret")
+    (folder / "extra").mkdir()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(Path("..") / target if "/" in name and target.startswith(".") else target)
+    message = refusal(folder)
+    assert f"{folder / name} is a link out of the model's folder" in message
+    assert "secret" not in message
+
+
+def test_links_of_the_hubs_cache_and_inside_the_folder_are_followed(folder: Path):
+    snapshot, blobs = folder.parent / "hub/snapshots/1234", folder.parent / "hub/blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (snapshot / "LICENSE").symlink_to("config.json")
+    (folder.parent / "link").symlink_to(snapshot)
+    assert open_source(folder.parent / "link").names() == open_source(snapshot).names() != []
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Safetensors folders that must be refused, each with the file or tensor named."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
 import pytest
 import torch
+from bounds import bounded
 from safetensors.torch import load_file, save_file
 from source_files import llama_config, random_model, save
 
@@ -27,7 +29,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path) -> str:
-    with pytest.raises(SourceError) as refused:
+    with bounded(), pytest.raises(SourceError) as refused:
         open_source(folder)
     return str(refused.value)
 
@@ -70,6 +72,73 @@ def test_truncated_after_it_was_opened(folder: Path):
 def test_corrupt_header(folder: Path, header: bytes):
     (folder / "model.safetensors").write_bytes(header + bytes(16))
     assert "model.safetensors cannot be read" in refusal(folder)
+
+
+def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ({"a": entry("F32", [4], 0, 16), "b": entry("F32", [4], 8, 24)}, "invalid offset"),  # they overlap
+        ({"a": entry("F32", [16], 0, 64), "b": entry("F32", [16], 0, 64)}, "invalid offset"),  # both in one place
+        ({"a": entry("F32", [4], 16, 32)}, "invalid offset"),  # a hole before it
+        ({"a": entry("F32", [4], 16, 0)}, "invalid offset"),  # it ends before it begins
+        ({"a": entry("F32", [2**60], 0, 2**62)}, "overflow|not fully covered"),
+        ({"a": entry("F32", [2**28], 0, 2**30)}, "not fully covered"),  # beyond the end of the file
+        ({"a": entry("F32", [2**62, 4], 0, 0)}, "overflow"),
+        ({"a": entry("F32", [5], 0, 64)}, "invalid shape"),  # a shape of another size
+        ({"a": entry("F99", [16], 0, 64)}, "F99"),
+        ({"a": entry("F32", [4], 0, 16)}, "not fully covered"),  # bytes that belong to no tensor
+        ({"a": 5}, "invalid type"),
+        ({"__metadata__": {"a": {"b": 1}}, "a": entry("F32", [16], 0, 64)}, "invalid type"),
+    ],
+)
+def test_headers_that_lie(folder: Path, tensors: dict[str, object], why: str):
+    header = json.dumps(tensors).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    message = refusal(folder)
+    assert "model.safetensors cannot be read" in message
+    assert re.search(why, message), message
+
+
+def test_a_name_that_comes_twice_in_a_header(folder: Path):
+    """The last one counts, for every reader; the file then lacks all other tensors."""
+    one = json.dumps(entry("F32", [16], 0, 64))
+    header = f'{{"{NORM}": {one}, "{NORM}": {one}}}'.encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    assert "the files hold 1 tensors" in refusal(folder)
+
+
+@pytest.mark.parametrize("opening", [b'{"a":', b"["])
+def test_a_header_nested_too_deeply(folder: Path, opening: bytes):
+    header = opening * 100_000
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "model.safetensors cannot be read" in refusal(folder)
+
+
+@pytest.mark.parametrize("length", [(1 << 24) + 1, 99_000_000, 2**63, 2**64 - 1])
+def test_a_header_of_more_tensors_than_a_model_has(folder: Path, length: int):
+    """Parsing 60 MB of names takes ten seconds and a gigabyte."""
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", length))
+        file.truncate(min(length, 10**9))
+    assert f"its header should have {length} bytes; at most 16777216 are read" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [b'{"weight_map":' + b'{"a":' * 100_000, b"\xff", b"[" * 100_000])
+def test_an_index_that_cannot_be_parsed(sharded: Path, content: bytes):
+    (sharded / INDEX).write_bytes(content)
+    assert f"{INDEX} cannot be read" in refusal(sharded)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x\0y", "\ud800", "a\nb", "x" * 10**6])
+def test_names_of_shards_that_are_none(sharded: Path, name: str):
+    point(sharded, f"{name}.safetensors")
+    message = refusal(sharded)
+    assert f"places tensor {NORM} in " in message
+    assert len(message) < 1000
 
 
 @pytest.mark.parametrize(

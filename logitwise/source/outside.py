@@ -1,0 +1,105 @@
+"""Bounds on a folder from outside, before anything in it is parsed: where links lead, how much is read whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from logitwise.errors import SourceError
+
+READ_WHOLE = ("*config.json", "*index.json", "*token*", "vocab*", "merges.txt", "*.model", "chat_template*")
+MOST_BYTES = 1 << 26
+"""Of a file that is parsed whole; the largest tokenizers take half of it."""
+
+COUNTED = frozenset(
+    {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers", "num_labels"}
+)
+MOST_COUNTED = 10_000
+"""transformers makes a list as long as each of `COUNTED` when it reads a config."""
+
+HUB_KERNELS = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
+
+
+def check_files(folder: Path) -> None:
+    """Refuses links that lead out of the folder, and files that are too large to be parsed.
+
+    What a link leads to might be carried over into the checkpoint. The hub's cache is made of links, to `blobs` beside
+    its `snapshots`; these are followed.
+
+    Errors: SourceError, naming the file.
+    """
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for file in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+        if file.is_symlink() and not any(_target(file).is_relative_to(place) for place in homes):
+            raise SourceError(
+                f"{file} is a link out of the model's folder",
+                f"it leads to {_target(file)}, which may be anything",
+                "put the file itself there, or give the folder that it leads to",
+            )
+    for file in sorted({file for pattern in READ_WHOLE for file in folder.glob(pattern) if file.is_file()}):
+        if (size := file.stat().st_size) > MOST_BYTES:
+            raise SourceError(
+                f"{file} is too large", f"it has {size} bytes; at most {MOST_BYTES} are read", "fetch the model again"
+            )
+
+
+def _target(file: Path) -> Path:
+    try:
+        return file.resolve()
+    except (OSError, RuntimeError):  # links in a circle, which some versions of Python refuse
+        return Path(file.anchor)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Errors: SourceError where it is missing or holds something else.
+    """
+    if not file.is_file():
+        raise SourceError(
+            f"{file.parent} has no {file.name}",
+            f"a model folder holds {file.name} beside its safetensors files",
+            "give the folder that holds it; a .gguf file is given by its own path",
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{file} is not JSON", str(error), "fetch the file again") from error
+    if not isinstance(content, dict):
+        raise SourceError(f"{file} is not a JSON object", f"it holds a {type(content).__name__}", "fetch it again")
+    return content
+
+
+def check_config(config: dict[str, Any], file: Path) -> None:
+    """Refuses what transformers would build without end, fetch and run, or not understand.
+
+    Errors: SourceError, naming the key.
+    """
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        wants_code = "auto_map" in config
+        raise SourceError(
+            f"{file.parent} has an architecture that is not supported: {model_type!r}",
+            "it comes with its own Python code (auto_map), which logitwise never runs"
+            if wants_code
+            else "the installed transformers does not know this model_type",
+            "use a model whose class is part of transformers" + ("" if wants_code else ", or a newer transformers"),
+        )
+    if not isinstance(architectures, list | None) or not all(isinstance(name, str) for name in architectures or []):
+        raise _not_used(file, "architectures", architectures, "it should be a list of names")
+    for table in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in sorted(COUNTED & table.keys()):
+            if isinstance(table[key], int | float) and not table[key] <= MOST_COUNTED:
+                raise _not_used(file, key, table[key], f"no model has more than {MOST_COUNTED:,}")
+        for key in HUB_KERNELS:
+            if "/" in str(table.get(key)):
+                why = "it names code on the hub, which logitwise never runs"
+                raise _not_used(file, key, table[key], why)
+
+
+def _not_used(file: Path, key: str, value: object, why: str) -> SourceError:
+    return SourceError(
+        f"{file} cannot be used: {key} is {str(value)[:80]}", why, "correct the file, or fetch the model again"
+    )
