@@ -10,7 +10,8 @@ from logitwise.convert import Exported
 from logitwise.demo import Demo
 from logitwise.evaluation import Contents, Evaluation, Size
 from logitwise.formats import FORMATS
-from logitwise.measure.likelihood import Figure, Likelihood, kl_difference
+from logitwise.measure.figure import Figure
+from logitwise.measure.likelihood import Likelihood, kl_difference
 from logitwise.pipeline import Result
 from logitwise.refit import Refitted
 from logitwise.report.terminal import table
