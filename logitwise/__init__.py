@@ -3,19 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from logitwise.comparison import Compared, compare
     from logitwise.convert import export
     from logitwise.errors import LogitwiseError
     from logitwise.pipeline import Result, quantize
     from logitwise.recipe import Recipe
     from logitwise.refit import Refitted, refit
 
-__all__ = ["LogitwiseError", "Recipe", "Refitted", "Result", "export", "quantize", "refit"]
+__all__ = ["Compared", "LogitwiseError", "Recipe", "Refitted", "Result", "compare", "export", "quantize", "refit"]
 
 _PLACES = {
+    "Compared": "comparison",
     "LogitwiseError": "errors",
     "Recipe": "recipe",
     "Refitted": "refit",
     "Result": "pipeline",
+    "compare": "comparison",
     "export": "convert",
     "quantize": "pipeline",
     "refit": "refit",
