@@ -3,14 +3,14 @@
 All are made from the findings alone (compare.schema.json), by rules that are written here and nowhere else.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 Json = dict[str, Any]
 
-CLOSE = 0.01
-"""Share of decided tokens that flip below which a model can stand in for full precision."""
+OVERTURNED = 0.01
+"""Share of decided tokens that flip that flip, of all, from which a model is said to overturn decisions."""
 
-SURE_LOSS = 0.0
 LESS_ENDING = 0.05
 """How many fewer answers come to their end before it is called a fault."""
 
@@ -44,15 +44,13 @@ def lost(original: Json, ranked: list[Json]) -> str:
         parts = []
         for model in ranked:
             low, high = (100 * end for end in model["tasks"]["interval"])
-            surely = "" if high < 0 else ", which may be chance" if model["tasks"]["difference"] else ""
-            parts.append(
-                f"{model['name']} {percent(model['tasks']['accuracy'])} ({low:+.0f} to {high:+.0f} points{surely})"
-            )
+            surely = "" if high < 0 or low > 0 else ", which may be chance"
+            solves = f"{model['name']} {percent(model['tasks']['accuracy'])}"
+            parts.append(f"{solves} ({signed(low)} to {signed(high)} points with 95 % confidence{surely})")
         own = original["tasks"]
-        solved = f"Of {own['problems']} problems full precision solves {percent(own['accuracy'])}"
-        return f"{solved}, {listed(parts)}."
-    parts = [f"{percent(model['answers']['identical'])} of {model['name']}'s" for model in ranked]
-    return f"Asked the same and answering by themselves, {listed(parts)} answers are full precision's, word for word."
+        return f"Of {own['problems']} problems full precision solves {percent(own['accuracy'])}, {listed(parts)}."
+    parts = [f"{percent(model['answers']['identical'])} of {model['name']}'s answers" for model in ranked]
+    return f"Word for word the same as full precision's are {listed(parts)}, where each answers by itself."
 
 
 def where(ranked: list[Json]) -> str:
@@ -75,14 +73,16 @@ def where(ranked: list[Json]) -> str:
 def endings(original: Json, ranked: list[Json]) -> str:
     """Whether answers come to an end, and whether thinking closes."""
     models = [original, *ranked]
-    parts = [f"{percent(model['answers']['ended'])} of {_called(model)}'s" for model in models]
-    said = f"Within the tokens allowed, {listed(parts)} answers come to their end"
-    looping = [f"{percent(m['answers']['loops'])} of {_called(m)}'s" for m in models if m["answers"]["loops"]]
-    said += f"; {listed(looping)} end in a loop" if looping else "; none ends in a loop"
-    thinking = [
-        f"{percent(m['answers']['thinking']['closed'])} of {_called(m)}'s" for m in models if m["answers"]["thinking"]
-    ]
-    return f"{said}; {listed(thinking)} thinking blocks close." if thinking else f"{said}."
+
+    def of_each(share: Callable[[Json], float]) -> str:
+        return listed([f"{_called(model)} {percent(share(model))}" for model in models])
+
+    said = f"Answers that come to their end in the tokens allowed: {of_each(lambda m: m['answers']['ended'])}"
+    looping = any(model["answers"]["loops"] for model in models)
+    said += f"; that end in a loop: {of_each(lambda m: m['answers']['loops'])}" if looping else "; none ends in a loop"
+    if all(model["answers"]["thinking"] for model in models):
+        said += f"; thinking that closes: {of_each(lambda m: m['answers']['thinking']['closed'])}"
+    return f"{said}."
 
 
 def advice(original: Json, ranked: list[Json]) -> str:
@@ -92,7 +92,7 @@ def advice(original: Json, ranked: list[Json]) -> str:
     said = []
     if fit:
         smallest = min(fit, key=lambda model: int(model["size"]["size_bytes"]))
-        said.append(f"{smallest['name']} can stand in for full precision here, at {megabytes(smallest)}")
+        said.append(f"nothing measured here speaks against {smallest['name']} ({megabytes(smallest)})")
     if unfit:
         said.append(
             f"think twice about {listed(unfit)}: more bits, or `logitwise refit CHECKPOINT OUT --original FP --polish` "
@@ -103,11 +103,11 @@ def advice(original: Json, ranked: list[Json]) -> str:
 
 
 def faults(original: Json, model: Json) -> list[str]:
-    """What speaks against a model, in words; nothing where it can stand in for full precision."""
+    """What speaks against a model, in words; nothing where nothing does."""
     found = []
-    if model["tokens"]["flips"]["decided"]["mean"] > CLOSE:
+    if model["tokens"]["flips"]["decided"]["mean"] > OVERTURNED:
         found.append("it overturns decisions")
-    if model["tasks"] and model["tasks"]["interval"][1] < SURE_LOSS:
+    if model["tasks"] and model["tasks"]["interval"][1] < 0:
         found.append("it solves fewer problems")
     if model["answers"]["ended"] < original["answers"]["ended"] - LESS_ENDING:
         found.append("fewer of its answers end")
@@ -117,7 +117,13 @@ def faults(original: Json, model: Json) -> list[str]:
 def percent(share: float) -> str:
     """A share in words: one decimal near the ends, where it matters."""
     value = 100 * share
-    return f"{value:.1f} %" if value and (value < 10 or value > 95) and value != 100 else f"{value:.0f} %"
+    return f"{value:.1f} %" if value and (value < 10 or value > 90) and value != 100 else f"{value:.0f} %"
+
+
+def signed(points: float) -> str:
+    """A difference in whole points; 0 has no sign."""
+    whole = round(points)
+    return f"{whole:+d}" if whole else "0"
 
 
 def listed(parts: list[str]) -> str:

@@ -59,7 +59,7 @@ function chart({ title, note, series, xLabel, yLabel, log = false, categories = 
     width = Math.max(240, plot.clientWidth);
     const direct = width >= 430;
     const longest = Math.max(...shown.map((one) => Math.min(one.name.length, 20)));
-    const area = { left: 54, right: width - (direct ? 14 + 7 * longest : 12), top: 10, bottom: HEIGHT - 44 };
+    const area = { left: 70, right: width - (direct ? 14 + 7 * longest : 12), top: 10, bottom: HEIGHT - 44 };
     const y = yScale(shown, log, domain, area), x = xScale(xs, categories, area);
     const svg = element("svg", { height: HEIGHT, viewBox: `0 0 ${width} ${HEIGHT}`, tabindex: 0, role: "img", "aria-label": `${title}. ${yLabel} by ${xLabel}. Left and right arrow keys read the values.` });
     axes(svg, area, x, y, { xLabel, yLabel, categories, format, xFormat });
@@ -157,7 +157,7 @@ function axes(svg, area, x, y, { xLabel, yLabel, categories, format, xFormat }) 
   svg.append(
     element("line", { class: "axis", x1: area.left, x2: area.right, y1: area.bottom, y2: area.bottom }),
     element("text", { x: (area.left + area.right) / 2, y: area.bottom + 38, "text-anchor": "middle" }, xLabel),
-    element("text", { transform: `translate(12 ${(area.top + area.bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, yLabel));
+    element("text", { transform: `translate(14 ${(area.top + area.bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, yLabel));
 }
 
 /** Draws one series; returns the height at which it ends. */

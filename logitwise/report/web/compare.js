@@ -11,8 +11,9 @@ const count = (value) => value.toLocaleString("en");
 const nats = (value) => (value === 0 ? "0" : Math.abs(value) < 1e-4 ? value.toExponential(0) : Number(value.toPrecision(3)).toString());
 const share = (value, tick) => `${(100 * value).toFixed(tick ? 0 : 1)} %`;
 const points = (value) => `${value > 0 ? "+" : ""}${(100 * value).toFixed(1)}`;
+const width = (value) => (100 * value).toFixed(1);
 const size = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(bytes / 1e6).toFixed(1)} MB`);
-const figure = (value, format) => (value === null ? null : { sort: value.mean, text: format(value.mean), error: value.standard_error === null ? "" : ` ± ${format(value.standard_error)}` });
+const figure = (value, format, spread = format) => (value === null ? null : { sort: value.mean, text: format(value.mean), error: value.standard_error === null ? "" : ` ± ${spread(value.standard_error)}` });
 const plain = (value, format) => (value === null || value === undefined ? null : { sort: value, text: format(value) });
 
 function section(title, note, ...parts) {
@@ -93,7 +94,7 @@ const stretch = (x, point) => (point ? `tokens ${point.from} to ${point.to - 1}`
 const longest = Math.max(...others.map((model) => model.answers.survival.length));
 const every = Math.max(1, Math.ceil(longest / 200));
 
-section("Along an answer", `Left and below: every model reads full precision's own ${count(found.conditions.measured_on.tokens)} answer tokens and is asked for the next one; bands are one standard error over answers. The dashed line is full precision itself computed in bfloat16: damage below it is rounding.`,
+section("Along an answer", `Every model reads full precision's own ${count(found.conditions.measured_on.tokens)} answer tokens and is asked for each next one; for "still identical" each answers by itself. Bands are one standard error over answers. The dashed line is full precision itself, computed in bfloat16: damage as small as that is mere rounding.`,
   element("div", { class: "grid" },
     chart({ title: "Damage by position", note: "KL from full precision to the model. Does it grow as the answer goes on?", series: binned((t) => t.kl_by_position, { low: 0 }), xLabel: "position in the answer (tokens)", yLabel: "KL (nats a token, log)", log: true, format: nats, xFormat: stretch }),
     chart({ title: "Answers still identical", note: "Each model answers by itself, greedily: the share that is full precision's so far.", series: others.map((model) => ({ name: model.name, color: model.color, step: true, points: model.answers.survival.map((y, x) => ({ x, y })).filter(({ x }) => x % every === 0) })), xLabel: "after so many tokens", yLabel: "share of answers", format: share, xFormat: (x) => `after ${x} tokens`, domain: [0, 1] }),
@@ -103,19 +104,25 @@ section("Along an answer", `Left and below: every model reads full precision's o
 const confidenceSpots = [...new Set([...others, noise].flatMap((model) => model.tokens.kl_by_confidence.map((bin) => bin.low)))].sort((a, b) => a - b);
 const marginSpots = [...new Set(others.flatMap((model) => model.tokens.flips.by_margin.map((bin) => bin.low)))].sort((a, b) => a - b);
 const diagonal = { name: "calibrated", color: "var(--s0)", dashed: true, quiet: true, points: [{ x: 0, y: 0 }, { x: 1, y: 1 }] };
+function reliability(at, title, note) {
+  const series = others.filter((model) => model.tokens.confidence[at]).map((model) => ({ name: model.name, color: model.color, points: model.tokens.confidence[at].bins.map((bin) => ({ x: bin.confidence, y: bin.backing })) }));
+  return chart({ title, note, series: [...series, diagonal], xLabel: "the model's confidence in its likeliest token", yLabel: "probability by full precision", format: share, xFormat: (x) => `confidence ${share(x)}`, domain: [0, 1] });
+}
+
 section("Sure and unsure", "Where full precision hesitates a change is often harmless; where it is sure hardly ever.",
   element("div", { class: "grid" },
     chart({ title: "Damage by full precision's confidence", note: "KL at tokens to whose likeliest choice full precision gives so much probability.", series: binned((t) => t.kl_by_confidence, { spots: confidenceSpots, low: 0 }), categories: confidenceSpots.map((low) => `${low}+`), xLabel: "full precision's confidence, from", yLabel: "KL (nats a token, log)", log: true, format: nats }),
     chart({ title: "Flipped tokens by margin", note: "Share of tokens where another becomes the likeliest, by how far full precision's first choice leads its second.", series: binned((t) => t.flips.by_margin, { spots: marginSpots, low: 0 }), categories: marginSpots.map((low) => `${low}+`), xLabel: "full precision's margin, from", yLabel: "share that flips", format: share }),
-    chart({ title: "Is its confidence still worth it?", note: "How likely full precision finds what the model is so confident of. Below the line: overconfident.", series: [...others.map((model) => ({ name: model.name, color: model.color, points: model.tokens.confidence.all.bins.map((bin) => ({ x: bin.confidence, y: bin.backing })) })), diagonal], xLabel: "the model's confidence in its likeliest token", yLabel: "probability by full precision", format: share, xFormat: (x) => `confidence ${share(x)}`, domain: [0, 1] })),
+    reliability("all", "Is its confidence still worth it?", "How likely full precision finds what the model is so confident of. Below the line: overconfident."),
+    reliability("high_entropy", "And where the text could go either way?", "The same at the fifth of tokens of highest entropy, where reasoning forks.")),
   table([
     ["model", name],
     ["where", (row) => ({ sort: row.where, text: row.where }), "text"],
     ["tokens", (row) => plain(row.at.tokens, count)],
     ["KL, nats a token", (row) => figure(row.at.kl, nats)],
     ["same likeliest token", (row) => figure(row.at.agrees, share)],
-    ["overconfidence (points)", (row) => figure(row.at.overconfidence, points)],
-    ["calibration error (points)", (row) => plain(row.at.error, points)],
+    ["overconfidence (points)", (row) => figure(row.at.overconfidence, points, width)],
+    ["calibration error (points)", (row) => plain(row.at.error, width)],
   ], others.flatMap((model) => Object.entries({ all: "all tokens", low_entropy: "low entropy", high_entropy: "highest entropy, a fifth", turns: "turns (Wait, But ...)" })
     .filter(([key]) => model.tokens.confidence[key])
     .map(([key, where]) => ({ name: model.name, color: model.color, where, at: model.tokens.confidence[key] })))));
