@@ -379,7 +379,9 @@ def main() -> None:
             console.print(f"[bold red]logitwise:[/] {escape(error.format_message())}\n  do:   {command} --help")
         code = 2  # a mistake in the words of the command
     if code == INTERRUPTED:
-        console.print("[bold]logitwise:[/] interrupted; the same command goes on from the last finished block")
+        console.print(
+            "[bold]logitwise:[/] interrupted; what is finished is kept, and the same command goes on from there"
+        )
     raise SystemExit(code)
 
 

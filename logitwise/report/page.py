@@ -6,6 +6,7 @@ taken for a tag. The sentences stand in the page itself, for readers without scr
 
 import html
 import json
+import re
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -18,7 +19,7 @@ def page_of(findings: dict[str, Any]) -> str:
     folder = files("logitwise.report").joinpath("web")
     template = Template(folder.joinpath("compare.html").read_text(encoding="utf-8"))
     style, charts, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in PARTS)
-    told = "\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings["sentences"])
+    told = "\n".join(f"<li>{_with_code(sentence)}</li>" for sentence in findings["sentences"])
     names = " and ".join(model["name"] for model in findings["models"] if not model["original"])
     return template.substitute(
         title=html.escape(f"{names} beside {findings['models'][0]['name']}"),
@@ -27,6 +28,11 @@ def page_of(findings: dict[str, Any]) -> str:
         findings=embedded(findings),
         script=f"{charts}\n{script}",
     )
+
+
+def _with_code(sentence: str) -> str:
+    """A sentence as HTML, what stands between backticks as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(sentence))
 
 
 def embedded(findings: dict[str, Any]) -> str:

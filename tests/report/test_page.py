@@ -28,7 +28,9 @@ def test_what_models_write_is_no_markup() -> None:
     made = findings()
     made["answers"][0]["prompt"] = "</script><script>alert(1)</script>"
     made["models"][1]["name"] = made["sentences"][0] = "<img onerror=alert(1)>"
+    made["sentences"][4] = "Try `logitwise <x>`."
     page = page_of(made)
+    assert "Try <code>logitwise &lt;x&gt;</code>." in page
     assert "<script>alert" not in page
     assert "<img" not in page
     assert page.count("</script>") == 2
@@ -82,11 +84,21 @@ def test_the_browser_has_nothing_to_say(tab: Any) -> None:
 
 def test_columns_sort_both_ways(tab: Any) -> None:
     rows = tab.locator("section").first.locator("tbody tr")
-    button = tab.get_by_role("button", name="KL, nats a token").first
+    button = tab.get_by_role("button", name="KL", exact=True).first
     button.click()
-    assert [text.split("\t")[0] for text in rows.all_inner_texts()] == ["w4", "w2", "model"]
+    assert [text.split("\t")[0] for text in rows.all_inner_texts()] == [
+        "bfloat16 noise",
+        "w4",
+        "w2",
+        "model",
+    ]
     button.press("Enter")
-    assert [text.split("\t")[0] for text in rows.all_inner_texts()] == ["w2", "w4", "model"]
+    assert [text.split("\t")[0] for text in rows.all_inner_texts()] == [
+        "w2",
+        "w4",
+        "bfloat16 noise",
+        "model",
+    ]
 
 
 def test_charts_are_read_by_pointer_and_by_keys(tab: Any) -> None:

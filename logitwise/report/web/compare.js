@@ -9,6 +9,7 @@ const noise = { name: "bfloat16 noise", color: "var(--noise)", tokens: found.noi
 
 const count = (value) => value.toLocaleString("en");
 const nats = (value) => (value === 0 ? "0" : Math.abs(value) < 1e-4 ? value.toExponential(0) : Number(value.toPrecision(3)).toString());
+const brief = (value) => (value === 0 ? "0" : Math.abs(value) < 1e-4 ? value.toExponential(0) : Number(value.toPrecision(2)).toString());
 const share = (value, tick) => `${(100 * value).toFixed(tick ? 0 : 1)} %`;
 const points = (value) => `${value > 0 ? "+" : ""}${(100 * value).toFixed(1)}`;
 const width = (value) => (100 * value).toFixed(1);
@@ -58,24 +59,36 @@ function table(columns, rows) {
 
 const name = (row) => ({ sort: row.name, text: row.name });
 const tokens = (pick) => (row) => (row.tokens ? pick(row.tokens) : null);
-const answers = (pick) => (row) => (row.answers ? pick(row.answers) : null);
 
-section("The models", `Answers of at most ${count(found.conditions.answer_tokens)} tokens to ${count(found.conditions.prompts.count)} prompts (${found.conditions.prompts.from}). Press a column's head to sort.`,
+const AFTER = 32;
+
+section("The models", `How far each is from full precision, token by token, on full precision's own answers. KL in nats; ± one standard error over answers. The last line is full precision computed in bfloat16. Press a column's head to sort.`,
   table([
     ["model", name],
-    ["size", (row) => plain(row.size.size_bytes, size)],
-    ["bits a weight", (row) => plain(row.size.bits_per_weight, (value) => value.toFixed(2))],
-    ["KL, nats a token", tokens((t) => figure(t.kl.mean, nats))],
-    ["same likeliest token", tokens((t) => figure(t.top1, share))],
-    ["identical answers", (row) => (row.original ? null : plain(row.answers.identical, share))],
-    ["first difference (median token)", answers((a) => plain(a.first_different_median, count))],
-    ["answers that end", answers((a) => plain(a.ended, share))],
-    ["answers that loop", answers((a) => plain(a.loops, share))],
-    ["thinking that closes", answers((a) => (a.thinking ? plain(a.thinking.closed, share) : null))],
-    ["mean tokens", answers((a) => plain(a.tokens.mean, (value) => value.toFixed(0)))],
-    ["problems solved", (row) => (row.tasks ? plain(row.tasks.accuracy, share) : null)],
-    ["difference, 95 % interval (points)", (row) => (row.tasks && !row.original ? { sort: row.tasks.difference, text: points(row.tasks.difference), error: ` ${points(row.tasks.interval[0])} to ${points(row.tasks.interval[1])}` } : null)],
-    ["lost / gained", (row) => (row.tasks && !row.original ? { sort: row.tasks.lost, text: `${row.tasks.lost} / ${row.tasks.gained}` } : null)],
+    ["size", (row) => plain(row.size?.size_bytes, size)],
+    ["bits a weight", (row) => plain(row.size?.bits_per_weight, (value) => value.toFixed(2))],
+    ["KL", tokens((t) => figure(t.kl.mean, nats, brief))],
+    ["KL, median", tokens((t) => plain(t.kl.median, brief))],
+    ["KL, 90 %", tokens((t) => plain(t.kl.p90, brief))],
+    ["KL, 99 %", tokens((t) => plain(t.kl.p99, brief))],
+    ["reverse KL", tokens((t) => figure(t.reverse_kl.mean, nats, brief))],
+    ["same likeliest token", tokens((t) => figure(t.top1, share, width))],
+    ["decisions overturned", tokens((t) => figure(t.flips.decided, share, width))],
+  ], [...found.models, noise]));
+
+section("Their answers", `Greedy answers of at most ${count(found.conditions.answer_tokens)} tokens to ${count(found.conditions.prompts.count)} prompts (${found.conditions.prompts.from})${found.conditions.tasks ? `; problems: ${count(found.conditions.tasks.count)}, ${found.conditions.tasks.from}; the difference to full precision is in points, with its paired 95 % interval` : ""}.`,
+  table([
+    ["model", name],
+    [`identical after ${AFTER} tokens`, (row) => (row.original ? null : plain(row.answers.survival[Math.min(AFTER, row.answers.survival.length - 1)], share))],
+    ["identical to the end", (row) => (row.original ? null : plain(row.answers.identical, share))],
+    ["come to their end", (row) => plain(row.answers.ended, share)],
+    ["loop", (row) => plain(row.answers.loops, share)],
+    ["repeated 4-grams", (row) => plain(row.answers.repeated, share)],
+    ["thinking closes", (row) => plain(row.answers.thinking?.closed, share)],
+    ["mean tokens", (row) => plain(row.answers.tokens.mean, (value) => value.toFixed(0))],
+    ["problems solved", (row) => plain(row.tasks?.accuracy, share)],
+    ["difference", (row) => (row.tasks && !row.original ? { sort: row.tasks.difference, text: points(row.tasks.difference), error: ` (${points(row.tasks.interval[0])} to ${points(row.tasks.interval[1])})` } : null)],
+    ["lost, gained", (row) => (row.tasks && !row.original ? { sort: row.tasks.lost, text: `${row.tasks.lost}, ${row.tasks.gained}` } : null)],
     ...(original.tasks?.pass_at_k?.values ?? []).map(({ k }, index) => [`pass@${k}`, (row) => plain(row.tasks.pass_at_k.values[index].value, share)]),
   ], found.models));
 
@@ -135,7 +148,6 @@ section("Where full precision ends", "The probability of the token that ends the
     ["full precision gives", ended("turn", "original")], ["the model gives", ended("turn", "model")],
     ["ends of thinking", (row) => (row.tokens.endings.thinking ? plain(row.tokens.endings.thinking.places, count) : null)],
     ["full precision gives ", ended("thinking", "original")], ["the model gives ", ended("thinking", "model")],
-    ["repeated 4-grams in its answers", answers((a) => plain(a.repeated, share))],
   ], others));
 
 section("Decisions overturned", "The flips at which full precision was the surest of its own token: what stood before, what each side would write next.",
