@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +65,8 @@ def write_answers(
 
     Similar lengths are answered together: what a batch pads is computed for nothing.
     """
+    if not manner.temperature:
+        manner = replace(manner, seed=0)  # which greedy answers do not depend on
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     model: PreTrainedModel | None = None

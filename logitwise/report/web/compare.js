@@ -11,7 +11,8 @@ const count = (value) => value.toLocaleString("en");
 const nats = (value) => (value === 0 ? "0" : Math.abs(value) < 1e-4 ? value.toExponential(0) : Number(value.toPrecision(3)).toString());
 const brief = (value) => (value === 0 ? "0" : Math.abs(value) < 1e-4 ? value.toExponential(0) : Number(value.toPrecision(2)).toString());
 const share = (value, tick) => `${(100 * value).toFixed(tick ? 0 : 1)} %`;
-const points = (value) => `${value > 0 ? "+" : ""}${(100 * value).toFixed(1)}`;
+const points = (value) => { const text = (100 * value).toFixed(1).replace(/^-0\.0$/, "0.0"); return value > 0 && text !== "0.0" ? `+${text}` : text; };
+const from = (low) => `${Math.round(100 * low)} %+`;
 const width = (value) => (100 * value).toFixed(1);
 const size = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(bytes / 1e6).toFixed(1)} MB`);
 const figure = (value, format, spread = format) => (value === null ? null : { sort: value.mean, text: format(value.mean), error: value.standard_error === null ? "" : ` ± ${spread(value.standard_error)}` });
@@ -54,7 +55,7 @@ function table(columns, rows) {
     });
     body.replaceChildren(...lines);
   }
-  return element("div", { class: "scroll", tabindex: 0 }, element("table", {}, element("thead", {}, element("tr", {}, ...heads)), body));
+  return element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "a table, wider than some screens" }, element("table", {}, element("thead", {}, element("tr", {}, ...heads)), body));
 }
 
 const name = (row) => ({ sort: row.name, text: row.name });
@@ -124,8 +125,8 @@ function reliability(at, title, note) {
 
 section("Sure and unsure", "Where full precision hesitates a change is often harmless; where it is sure hardly ever.",
   element("div", { class: "grid" },
-    chart({ title: "Damage by full precision's confidence", note: "KL at tokens to whose likeliest choice full precision gives so much probability.", series: binned((t) => t.kl_by_confidence, { spots: confidenceSpots, low: 0 }), categories: confidenceSpots.map((low) => `${low}+`), xLabel: "full precision's confidence, from", yLabel: "KL (nats a token, log)", log: true, format: nats }),
-    chart({ title: "Flipped tokens by margin", note: "Share of tokens where another becomes the likeliest, by how far full precision's first choice leads its second.", series: binned((t) => t.flips.by_margin, { spots: marginSpots, low: 0 }), categories: marginSpots.map((low) => `${low}+`), xLabel: "full precision's margin, from", yLabel: "share that flips", format: share }),
+    chart({ title: "Damage by full precision's confidence", note: "KL at tokens to whose likeliest choice full precision gives so much probability.", series: binned((t) => t.kl_by_confidence, { spots: confidenceSpots, low: 0 }), categories: confidenceSpots.map(from), xLabel: "full precision's confidence, from", yLabel: "KL (nats a token, log)", log: true, format: nats }),
+    chart({ title: "Flipped tokens by margin", note: "Share of tokens where another becomes the likeliest, by how far full precision's first choice leads its second.", series: binned((t) => t.flips.by_margin, { spots: marginSpots, low: 0 }), categories: marginSpots.map(from), xLabel: "full precision's margin, from", yLabel: "share that flips", format: share }),
     reliability("all", "Is its confidence still worth it?", "How likely full precision finds what the model is so confident of. Below the line: overconfident."),
     reliability("high_entropy", "And where the text could go either way?", "The same at the fifth of tokens of highest entropy, where reasoning forks.")),
   table([
@@ -153,7 +154,7 @@ section("Where full precision ends", "The probability of the token that ends the
 section("Decisions overturned", "The flips at which full precision was the surest of its own token: what stood before, what each side would write next.",
   table([
     ["model", name],
-    ["after", (row) => ({ sort: row.before, text: `… ${row.before}` }), "text"],
+    ["after", (row) => ({ sort: row.before, text: `… ${row.before.trim()}` }), "text"],
     ["full precision", (row) => ({ sort: row.original, text: JSON.stringify(row.original) }), "text"],
     ["gives it", (row) => plain(row.original_probability, share)],
     ["model", (row) => ({ sort: row.model, text: JSON.stringify(row.model) }), "text"],
@@ -171,7 +172,7 @@ function answer(model, text, note, first) {
   return element("div", { color: model.color }, element("h4", {}, model.name), element("p", { class: "note" }, note), words);
 }
 const length = (one) => `${count(one.tokens)} tokens${one.ended ? "" : ", cut off"}`;
-section("Answers side by side", "Greedy answers to the same prompt. What is the same as in full precision is grey; the first difference is marked.",
+section("Answers side by side", `Greedy answers to the same prompt${found.answers.length < found.conditions.prompts.count ? `, the first ${found.answers.length} of ${count(found.conditions.prompts.count)}` : ""}. What is the same as in full precision is grey; the first difference is marked.`,
   ...found.answers.map((entry, index) => element("details", index ? {} : { open: "" },
     element("summary", {}, entry.prompt),
     element("div", { class: "columns" },
