@@ -186,8 +186,8 @@ def compare(
     prompts: Annotated[Path | None, typer.Option(help="One prompt a line, or JSON lines (the package's own).")] = None,
     tasks: Annotated[str | None, typer.Option(help="JSON lines of prompt and answer, or problems: arithmetic.")] = None,
     extractor: Annotated[
-        str, typer.Option(help="last-number, after-answer, after-hashes, gsm8k, choice or exact.")
-    ] = "last-number",
+        str | None, typer.Option(help="last-number (default), after-answer, after-hashes, gsm8k, choice or exact.")
+    ] = None,
     answer_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="Of the answers that all are measured on; 0: greedy.")] = 0.0,
     samples: Annotated[int, typer.Option(help="Answers sampled to each problem, for pass@k.")] = 0,

@@ -59,7 +59,7 @@ def compare(
     report: str | Path,
     prompts: str | Path | None = None,
     tasks: str | Path | None = None,
-    extractor: str = "last-number",
+    extractor: str | None = None,
     answer_tokens: int = 512,
     temperature: float = 0.0,
     samples: int = 0,
@@ -80,7 +80,7 @@ def compare(
         report: the .html file to write; an older one is replaced when the new one is complete.
         prompts: a file, one prompt a line or JSON lines with `prompt`; the package's own by default.
         tasks: JSON lines of `prompt` and `answer`, or "problems": arithmetic made from the seed.
-        extractor: what finds an answer in a text, by its name in `measure.tasks.EXTRACTORS`.
+        extractor: what finds an answer in a text, by its name in `measure.tasks.EXTRACTORS`; last-number by default.
         answer_tokens: the longest answer.
         temperature: of the full-precision answers that all are measured on; 0: its greedy ones.
         samples: answers sampled to each problem, for pass@k; 0: none.
@@ -173,7 +173,7 @@ class _Work:
         reference = candidates[0].source
         self.tokenizer = reference.tokenizer()
         self.prompts = as_tokens(self.tokenizer, reference.config, asked.prompts)
-        self.problems = as_tokens(self.tokenizer, reference.config, [p.prompt for p in asked.problems] or ["."])
+        self.problems = as_tokens(self.tokenizer, reference.config, [problem.prompt for problem in asked.problems])
         self.texts = [str(self.tokenizer.decode(ids)) for ids in self.prompts]
 
     def answers_of(self, candidate: Candidate, manner: Manner) -> Answers:

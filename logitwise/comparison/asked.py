@@ -16,6 +16,7 @@ from logitwise.measure.tasks import EXTRACTORS, Problem
 
 OWN_PROBLEMS = "problems"
 PROBLEM_COUNT = 60
+DEFAULT_EXTRACTOR = "last-number"
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,23 @@ class Asked:
     prompts_from: str
     problems: list[Problem] = field(default_factory=list)
     tasks_from: str | None = None
-    extractor: str = "last-number"
+    extractor: str = DEFAULT_EXTRACTOR
 
 
-def read_asked(prompts: str | Path | None, tasks: str | Path | None, extractor: str, seed: int) -> Asked:
+def read_asked(prompts: str | Path | None, tasks: str | Path | None, extractor: str | None, seed: int) -> Asked:
     """Prompts and problems.
 
     Args:
         prompts: a file, one prompt a line or JSON lines; None: those that ship here, which no calibration has.
         tasks: JSON lines of prompt and answer, or `problems`, made from the seed; None: no tasks.
-        extractor: a name of EXTRACTORS.
+        extractor: a name of EXTRACTORS; the last number by default.
 
-    Errors: CalibrationError where a file cannot be read, with the line; RecipeError for an unknown extractor.
+    Errors: CalibrationError where a file cannot be read, with the line; RecipeError for an extractor that is unknown,
+    or has no tasks.
     """
+    if extractor is not None and tasks is None:
+        raise RecipeError(f"extractor {extractor!r} has no tasks", "it reads answers to problems", "give tasks too")
+    extractor = extractor or DEFAULT_EXTRACTOR
     if extractor not in EXTRACTORS:
         known = ", ".join(EXTRACTORS)
         raise RecipeError(f"extractor {extractor!r} is unknown", f"known are {known}", "choose one of them")
@@ -57,7 +62,7 @@ def read_asked(prompts: str | Path | None, tasks: str | Path | None, extractor: 
     if tasks is None:
         return Asked(asked, origin)
     if str(tasks) == OWN_PROBLEMS:
-        return Asked(asked, origin, make_problems(PROBLEM_COUNT, seed), "arithmetic made from the seed", "last-number")
+        return Asked(asked, origin, make_problems(PROBLEM_COUNT, seed), "arithmetic made from the seed", extractor)
     return Asked(asked, origin, read_problems(Path(tasks)), Path(tasks).name, extractor)
 
 
@@ -93,7 +98,7 @@ def as_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, prom
     """
     found = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     room: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(found, key=len)
+    longest = max(found, key=len, default=[])
     if room is not None and len(longest) >= room:
         raise CalibrationError(
             f"a prompt of {len(longest)} tokens leaves no room for an answer",

@@ -12,6 +12,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 
+DRAWS_AT_ONCE = 1 << 22
+"""Of the bootstrap: 32 MiB of indices."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """A mean and its standard error over the units that were sampled; NaN where there is one unit alone."""
@@ -78,9 +82,9 @@ def bootstrap_interval(
         level: the interval's coverage.
     """
     count, generator = len(differences), torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [differences[torch.randint(count, (count,), generator=generator)].mean() for _ in range(resamples)]
-    )
+    parts = torch.arange(resamples).split(max(1, DRAWS_AT_ONCE // count))
+    drawn = (torch.randint(count, (len(part), count), generator=generator) for part in parts)
+    means = torch.cat([differences[indices].mean(1) for indices in drawn])
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)
     low, high = torch.quantile(means, ends).tolist()
     return low, high

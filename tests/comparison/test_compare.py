@@ -142,8 +142,9 @@ def test_another_answer_length_is_another_measurement(place: Path, found: dict[s
 
 
 def test_sampled_answers_are_measured_too(place: Path) -> None:
-    sampled = compared(place, "w4", temperature=1.0, report="sampled.html")
-    again = compared(place, "w4", temperature=1.0, report="sampled.html", fresh=True)
+    given = {"temperature": 1.0, "answer_tokens": 8, "report": "sampled.html"}
+    sampled = compared(place, "w4", **given)
+    again = compared(place, "w4", **given, fresh=True)
     assert sampled["models"] == again["models"]
     assert sampled["conditions"]["measured_on"]["temperature"] == 1.0
 
@@ -165,7 +166,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"report": "none/report.html"}, OutputError, "there is no folder"),
         ({"prompts": "none.txt"}, CalibrationError, "there is no such file"),
         ({"tasks": "prompts.txt"}, CalibrationError, "line 1 is no problem"),
-        ({"extractor": "guess"}, RecipeError, "known are last-number"),
+        ({"extractor": "guess", "tasks": "tasks.jsonl"}, RecipeError, "known are last-number"),
+        ({"extractor": "exact"}, RecipeError, "'exact' has no tasks"),
         ({"answer_tokens": 0}, RecipeError, "answer_tokens is 0"),
         ({"samples": 3}, RecipeError, "pass@k is of problems"),
     ],
