@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-
 DRAWS_AT_ONCE = 1 << 22
 """Of the bootstrap: 32 MiB of indices."""
 
