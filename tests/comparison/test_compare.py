@@ -101,6 +101,20 @@ def test_kl_and_agreement_are_those_of_the_models_themselves(place: Path, found:
     assert tokens["top1"]["mean"] == pytest.approx(sum(agrees) / len(agrees), abs=1.5 / len(agrees))
 
 
+def test_bins_add_up_to_the_whole(found: dict[str, Any]) -> None:
+    tokens = found["models"][2]["tokens"]
+    for part, whole in (("kl_by_confidence", "kl"), ("kl_by_position", "kl"), ("top1_by_position", "top1")):
+        bins = tokens[part]
+        assert len(bins) > 2
+        assert sum(one["tokens"] for one in bins) == tokens["tokens"], part
+        mean = sum(one["tokens"] * one["figure"]["mean"] for one in bins) / tokens["tokens"]
+        expected = tokens[whole]["mean"] if whole == "top1" else tokens[whole]["mean"]["mean"]
+        assert mean == pytest.approx(expected, rel=1e-4), part
+    assert tokens["kl"]["mean"]["mean"] != pytest.approx(tokens["reverse_kl"]["mean"]["mean"], rel=1e-3)
+    split = tokens["confidence"]
+    assert split["low_entropy"]["tokens"] + split["high_entropy"]["tokens"] == split["all"]["tokens"]
+
+
 def test_nothing_is_computed_twice(place: Path, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("computed again")

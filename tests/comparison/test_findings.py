@@ -10,7 +10,6 @@ from source_files import tokenizer
 from logitwise.comparison.asked import Asked
 from logitwise.comparison.findings import answer_findings, as_json, side_by_side
 from logitwise.comparison.scores import marks, sampled_findings, task_findings
-from logitwise.comparison.teacher import rows_of
 from logitwise.comparison.written import Answers
 from logitwise.measure.figure import Figure
 from logitwise.measure.tasks import Problem
@@ -71,13 +70,6 @@ def test_pass_at_k_of_several_problems() -> None:
         2: pytest.approx(5 / 9, rel=1e-5),
         3: pytest.approx(2 / 3, rel=1e-5),
     }
-
-
-def test_rows_count_the_answer_alone() -> None:
-    rows = rows_of([[5, 6, 7], [8]], [[9, 1], [3, 4, 1]])
-    assert rows.ids.tolist() == [[5, 6, 7, 9], [8, 3, 4, 1]]
-    assert rows.following.tolist() == [[6, 7, 9, 1], [3, 4, 1, 0]]
-    assert rows.weights.tolist() == [[0, 0, 1, 1], [1, 1, 1, 0]]
 
 
 def test_what_cannot_be_told_is_null() -> None:
