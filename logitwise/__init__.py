@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from logitwise.comparison import Compared, compare
     from logitwise.convert import export
     from logitwise.errors import LogitwiseError
     from logitwise.pipeline import Result, quantize
@@ -10,14 +11,28 @@ if TYPE_CHECKING:
     from logitwise.recipe import Recipe
     from logitwise.refit import Refitted, refit
 
-__all__ = ["LogitwiseError", "Plan", "Recipe", "Refitted", "Result", "export", "plan", "quantize", "refit"]
+__all__ = [
+    "Compared",
+    "LogitwiseError",
+    "Plan",
+    "Recipe",
+    "Refitted",
+    "Result",
+    "compare",
+    "export",
+    "plan",
+    "quantize",
+    "refit",
+]
 
 _PLACES = {
+    "Compared": "comparison",
     "LogitwiseError": "errors",
     "Plan": "planning",
     "Recipe": "recipe",
     "Refitted": "refit",
     "Result": "pipeline",
+    "compare": "comparison",
     "export": "convert",
     "plan": "planning",
     "quantize": "pipeline",

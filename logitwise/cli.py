@@ -217,6 +217,51 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    original: Annotated[str, typer.Argument(metavar="FP", help="The full-precision model: folder, .gguf or hub id.")],
+    quantized: Annotated[list[str], typer.Argument(metavar="Q1 [Q2 ...]", help="Checkpoints made of it.")],
+    report: Annotated[Path, typer.Option(help="The page to write; its figures go beside it as .json.")],
+    prompts: Annotated[Path | None, typer.Option(help="One prompt a line, or JSON lines (the package's own).")] = None,
+    tasks: Annotated[str | None, typer.Option(help="JSON lines of prompt and answer, or problems: arithmetic.")] = None,
+    extractor: Annotated[
+        str | None, typer.Option(help="last-number (default), after-answer, after-hashes, gsm8k, choice or exact.")
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Of the answers that all are measured on; 0: greedy.")] = 0.0,
+    samples: Annotated[int, typer.Option(help="Answers sampled to each problem, for pass@k.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Reuse nothing of an earlier run.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log: Log = None,
+) -> None:
+    """What quantization did to the text that a model writes: KL, flips, answers, problems, on one page."""
+    with _watching(quiet, verbose, log) as watcher:
+        from logitwise.comparison import compare as run
+        from logitwise.report.figures import show_compared
+
+        found = run(
+            original,
+            quantized,
+            report=report,
+            prompts=prompts,
+            tasks=tasks,
+            extractor=extractor,
+            answer_tokens=answer_tokens,
+            temperature=temperature,
+            samples=samples,
+            seed=seed,
+            device=device,
+            revision=revision,
+            fresh=fresh,
+            watcher=watcher,
+        )
+        show_compared(Console(), found.report, found.findings)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -379,7 +424,9 @@ def main() -> None:
             console.print(f"[bold red]logitwise:[/] {escape(error.format_message())}\n  do:   {command} --help")
         code = 2  # a mistake in the words of the command
     if code == INTERRUPTED:
-        console.print("[bold]logitwise:[/] interrupted; the same command goes on from the last finished block")
+        console.print(
+            "[bold]logitwise:[/] interrupted; what is finished is kept, and the same command goes on from there"
+        )
     raise SystemExit(code)
 
 

@@ -86,7 +86,7 @@ def open_pair(
         raise SourceError(f"{original} is quantized", "its weights are codes", "give the model in full precision")
     check_shapes(quantized, source)
     check_tokenizer(source)
-    _check_vocabulary(quantized, source)
+    check_vocabulary(quantized, source)
     student, teacher = Skeleton(quantized, device, dtype), Skeleton(source, device, dtype)
     every = [slot for block in range(len(student)) for slot in student.slots(block)]
     slots = [slot for slot in every if quantized.grid(slot.name) is not None]
@@ -136,7 +136,7 @@ def check_shapes(model: Source, reference: Source) -> None:
             )
 
 
-def _check_vocabulary(model: Source, reference: Source) -> None:
+def check_vocabulary(model: Source, reference: Source) -> None:
     """Refuses a tokenizer that gives tokens other ids than the reference's; it may have more tokens (GGUF)."""
     own, others = model.tokenizer().get_vocab(), reference.tokenizer().get_vocab()
     if different := [token for token, place in others.items() if own.get(token) != place]:

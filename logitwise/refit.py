@@ -27,7 +27,8 @@ from logitwise.formats.checkpoint import check_output, staged, write_json
 from logitwise.fused import pays
 from logitwise.grid import Quantized
 from logitwise.machine import choose_machine, repeatable, versions
-from logitwise.measure.likelihood import Figure, Likelihood, as_json, kl_difference
+from logitwise.measure.figure import Figure
+from logitwise.measure.likelihood import Likelihood, as_json, kl_difference
 from logitwise.objectives import OBJECTIVES
 from logitwise.pair import Pair, open_pair
 from logitwise.polish import POLISHED, Polish

@@ -164,6 +164,14 @@ class RunFolder:
         )
         return rows, held_out
 
+    def save_tensors(self, key: str, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+        """Any other finished part: tensors by name, and a record of JSON values."""
+        self._write(key, dict(tensors), record)
+
+    def load_tensors(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a finished part."""
+        return load_file(self.path / f"{key}.safetensors")
+
     def note(self, name: str, text: str) -> None:
         """A file for people."""
         self._make()

@@ -65,6 +65,14 @@ def test_quantize_evaluate_inspect(place: Path) -> None:
     assert "3 bits, groups of 16, asymmetric, float16 scales" in inspected.stdout
     assert "14 tensors in 3 bits" in inspected.stdout
     assert "model.layers.1.mlp.down_proj.weight" in inspected.stdout
+    words = ["compare", "model", "out", "--report", "report.html", "--tasks", "problems", "--answer-tokens", "8"]
+    compared = logitwise(place, *words)
+    assert compared.returncode == 0, compared.stderr
+    assert "1. Compared with full precision is out: it finds" in compared.stdout
+    assert "| out |" in compared.stdout
+    assert "out: answers" in compared.stderr
+    assert (place / "report.html").is_file()
+    assert json.loads((place / "report.json").read_text("utf-8"))["conditions"]["tasks"]["count"] == 60
 
 
 @pytest.mark.parametrize(
@@ -80,6 +88,9 @@ def test_quantize_evaluate_inspect(place: Path) -> None:
         (["quantize", "model", "x", "--calibration", "text:none.txt"], "none.txt"),
         (["quantize", "model", "x", "--stepz", "3"], "stepz"),
         (["evaluate", "model"], "no text to evaluate on"),
+        (["compare", "model", "--report", "x.html"], "Missing argument"),
+        (["compare", "model", "model", "--report", "x.txt"], "no name for a page"),
+        (["compare", "model", "model", "--report", "x.html", "--tasks", "none.jsonl"], "none.jsonl"),
         (["inspect", "nothing/here/now"], "does not exist"),
     ],
 )

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from logitwise.calibration.rows import Rows
+from logitwise.measure.figure import Figure, mean_of_units, sums_by_unit
 from logitwise.objectives.soft import Comparison, compare
 from logitwise.skeleton import Head, Skeleton
 from logitwise.source.base import Source
@@ -22,14 +23,6 @@ from logitwise.watch import SILENT, Watcher
 
 VERSION = 1
 """Raised when the same model and text would give another figure."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A mean and its standard error over rows."""
-
-    mean: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -58,20 +51,29 @@ class Outputs:
         self.hidden, self.head = hidden, head
 
 
-def outputs(
+def last_hidden(
     skeleton: Skeleton, source: Source, rows: Rows, batch: int = 4, watcher: Watcher = SILENT, title: str = "Measuring"
-) -> Outputs:
+) -> Float[Tensor, "tokens d"]:
     """Runs a source's weights through the skeleton, one block in memory at a time.
 
-    Returns: hidden states at the counted positions, after the final norm, [tokens, d].
+    Returns: what enters the final norm at the counted positions, [tokens, d].
     """
     with torch.no_grad(), watcher.stage(title, len(skeleton)) as stage:
         hidden = skeleton.embed(rows.ids, source, batch)
         for block, call in enumerate(skeleton.calls(rows.ids.shape[1])):
             skeleton.advance(block, skeleton.load_block(block, source), hidden, call, batch)
             stage.advance()
-        head = skeleton.head(source)
-        return Outputs(head.hidden(hidden[(rows.weights > 0).to(skeleton.device)]), head)
+        return hidden[(rows.weights > 0).to(skeleton.device)]
+
+
+def outputs(
+    skeleton: Skeleton, source: Source, rows: Rows, batch: int = 4, watcher: Watcher = SILENT, title: str = "Measuring"
+) -> Outputs:
+    """As `last_hidden`, after the final norm, with the head that reads it."""
+    hidden = last_hidden(skeleton, source, rows, batch, watcher, title)
+    head = skeleton.head(source)
+    with torch.no_grad():
+        return Outputs(head.hidden(hidden), head)
 
 
 def likelihood(model: Outputs, reference: Outputs, rows: Rows) -> Likelihood:
@@ -90,13 +92,13 @@ def summarise(found: Comparison, row: Tensor, weights: Float[Tensor, "tokens"]) 
         row: the row that each token is in.
         weights: how much each token counts.
     """
-    nll = _mean(_by_row(found.student_nll, row, weights))
-    kl_by_row = _by_row(found.kl, row, weights)
+    nll = mean_of_units(sums_by_unit(found.student_nll, row, weights))
+    kl_by_row = sums_by_unit(found.kl, row, weights)
     return Likelihood(
         # The error of exp(x) is exp(x) times that of x.
         perplexity=Figure(math.exp(nll.mean), math.exp(nll.mean) * nll.error),
-        kl=_mean(kl_by_row),
-        top1=_mean(_by_row(found.agrees, row, weights)),
+        kl=mean_of_units(kl_by_row),
+        top1=mean_of_units(sums_by_unit(found.agrees, row, weights)),
         tokens=len(weights),
         kl_by_row=kl_by_row,
     )
@@ -105,25 +107,7 @@ def summarise(found: Comparison, row: Tensor, weights: Float[Tensor, "tokens"]) 
 def kl_difference(one: Likelihood, other: Likelihood) -> Figure:
     """KL of `one` less that of `other` on the same rows: surer than either, since both find the same rows hard."""
     difference = one.kl_by_row[:, 0] - other.kl_by_row[:, 0]
-    return _mean(torch.stack([difference, one.kl_by_row[:, 1]], 1))
-
-
-def _by_row(values: Tensor, row: Tensor, weights: Tensor) -> Float[Tensor, "rows 2"]:
-    """Each row's weighted sum and weight; rows where nothing counts are left out."""
-    sums = torch.zeros(int(row.max()) + 1, 2, dtype=torch.float64)
-    sums.index_add_(0, row, torch.stack([values * weights, weights], 1))
-    return sums[sums[:, 1] > 0]
-
-
-def _mean(by_row: Float[Tensor, "rows 2"]) -> Figure:
-    """A ratio estimator's mean and error: rows differ in how many of their tokens count."""
-    total, count = by_row.unbind(1)
-    mean = float(total.sum() / count.sum())
-    if len(count) < 2:
-        return Figure(mean, math.nan)
-    residual = total - mean * count
-    n = len(count)
-    return Figure(mean, float((n / (n - 1) * residual.square().sum()).sqrt() / count.sum()))
+    return mean_of_units(torch.stack([difference, one.kl_by_row[:, 1]], 1))
 
 
 def as_json(found: Likelihood) -> dict[str, Any]:

@@ -1,19 +1,24 @@
 """The tables and sentences of each command, from what its public function returned."""
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.markup import escape
 from rich.padding import Padding
+from rich.text import Text
 
 from logitwise.convert import Exported
 from logitwise.demo import Demo
 from logitwise.evaluation import Contents, Evaluation, Size
 from logitwise.formats import FORMATS
-from logitwise.measure.likelihood import Figure, Likelihood, kl_difference
+from logitwise.measure.figure import Figure
+from logitwise.measure.likelihood import Likelihood, kl_difference
 from logitwise.pipeline import Result
 from logitwise.planning import Plan
 from logitwise.refit import Refitted
+from logitwise.report.markdown import summary_of
 from logitwise.report.terminal import clock, table
 
 COLUMNS = ("model", "MB", "bits/w", "bits/p", "perplexity", "KL", "top-1")
@@ -114,6 +119,13 @@ def show_refitted(console: Console, found: Refitted) -> None:
     share = found.less.mean / found.before.kl.mean
     console.print(f"KL is lower by {found.less.mean:.4f} ± {found.less.error:.4f} ({share:.0%}), row by row")
     console.print(f"[bold]{escape(str(found.out))}[/]: {found.changed} tensors changed, all others as they were")
+
+
+def show_compared(console: Console, page: Path, findings: dict[str, Any]) -> None:
+    """The summary of a comparison: drawn on a terminal, as Markdown into a pipe or a file."""
+    summary = summary_of(findings)
+    console.print(Markdown(summary) if console.is_terminal else Text(summary), soft_wrap=not console.is_terminal)
+    console.print(f"[bold]{escape(str(page))}[/] has the charts and the answers", soft_wrap=True)
 
 
 def show_demo(console: Console, found: Demo) -> None:

@@ -8,7 +8,8 @@ from helpers import VOCABULARY, MemorySource, tiny_model
 
 from logitwise.calibration.rows import Rows
 from logitwise.evaluation import measure_models
-from logitwise.measure.likelihood import Figure, as_json, kl_difference, summarise
+from logitwise.measure.figure import Figure
+from logitwise.measure.likelihood import as_json, kl_difference, summarise
 from logitwise.objectives.soft import Comparison
 
 

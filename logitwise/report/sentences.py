@@ -1,0 +1,141 @@
+"""Five sentences at the head of a comparison, for a reader who knows nothing of KL: which, what, where, whether, do.
+
+All are made from the findings alone (compare.schema.json), by rules that are written here and nowhere else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+Json = dict[str, Any]
+
+OVERTURNED = 0.01
+"""Share of decided tokens that flip that flip, of all, from which a model is said to overturn decisions."""
+
+LESS_ENDING = 0.05
+"""How many fewer answers come to their end before it is called a fault."""
+
+
+def sentences(findings: Json) -> list[str]:
+    """The five sentences."""
+    original, *others = findings["models"]
+    ranked = sorted(others, key=lambda model: float(model["tokens"]["kl"]["mean"]["mean"]))
+    return [
+        nearest(ranked, findings["noise"]),
+        lost(original, ranked),
+        where(ranked),
+        endings(original, ranked),
+        advice(original, ranked),
+    ]
+
+
+def nearest(ranked: list[Json], noise: Json) -> str:
+    """Which model is the nearest, and how near that is."""
+    first, floor = ranked[0], noise["kl"]["mean"]["mean"]
+    kl, agrees = first["tokens"]["kl"]["mean"]["mean"], first["tokens"]["top1"]["mean"]
+    start = "Nearest to full precision" if len(ranked) > 1 else "Compared with full precision"
+    times = f", {kl / floor:,.0f} times what mere rounding to bfloat16 does" if floor and kl > 2 * floor else ""
+    said = f"{start} is {first['name']}: it finds the same next token the likeliest at {percent(agrees)} of positions"
+    return f"{said} (KL {kl:.3g} nats a token{times})."
+
+
+def lost(original: Json, ranked: list[Json]) -> str:
+    """What is lost: problems where there are any, else whole answers."""
+    if original["tasks"]:
+        parts = []
+        for model in ranked:
+            low, high = (100 * end for end in model["tasks"]["interval"])
+            surely = "" if high < 0 or low > 0 else ", which may be chance"
+            solves = f"{model['name']} {percent(model['tasks']['accuracy'])}"
+            parts.append(f"{solves} ({signed(low)} to {signed(high)} points with 95 % confidence{surely})")
+        own = original["tasks"]
+        return f"Of {own['problems']} problems full precision solves {percent(own['accuracy'])}, {listed(parts)}."
+    parts = [f"{percent(model['answers']['identical'])} of {model['name']}'s answers" for model in ranked]
+    return f"Word for word the same as full precision's are {listed(parts)}, where each answers by itself."
+
+
+def where(ranked: list[Json]) -> str:
+    """Where it shows: along the answer, and at tokens that full precision was sure of."""
+    worst = ranked[-1]
+    growth, flips = worst["tokens"]["growth"], worst["tokens"]["flips"]
+    decided = percent(flips["decided"]["mean"])
+    flipped = f"{decided} of its tokens flip although full precision had decided"
+    name = worst["name"]
+    if growth is None or growth["difference"]["standard_error"] is None:
+        return f"In {name}, {flipped}."
+    more, error = growth["difference"]["mean"], growth["difference"]["standard_error"]
+    if abs(more) <= 2 * error:
+        return f"In {name} the damage is even along an answer (its halves do not surely differ); {flipped}."
+    ratio = growth["second"]["mean"] / growth["first"]["mean"] if growth["first"]["mean"] > 0 else 0.0
+    way = f"grows along an answer ({ratio:.1f} times" if more > 0 else f"shrinks along an answer ({ratio:.1f} times"
+    return f"In {name} the damage {way} as much in the second half as in the first); {flipped}."
+
+
+def endings(original: Json, ranked: list[Json]) -> str:
+    """Whether answers come to an end, and whether thinking closes."""
+    models = [original, *ranked]
+
+    def of_each(share: Callable[[Json], float]) -> str:
+        return listed([f"{_called(model)} {percent(share(model))}" for model in models])
+
+    said = f"Answers that come to their end in the tokens allowed: {of_each(lambda m: m['answers']['ended'])}"
+    looping = any(model["answers"]["loops"] for model in models)
+    said += f"; that end in a loop: {of_each(lambda m: m['answers']['loops'])}" if looping else "; none ends in a loop"
+    if all(model["answers"]["thinking"] for model in models):
+        said += f"; thinking that closes: {of_each(lambda m: m['answers']['thinking']['closed'])}"
+    return f"{said}."
+
+
+def advice(original: Json, ranked: list[Json]) -> str:
+    """What to do: use the smallest that is fit, and what to try for those that are not."""
+    fit = [model for model in ranked if not faults(original, model)]
+    unfit = [f"{m['name']} ({listed(faults(original, m))})" for m in ranked if faults(original, m)]
+    said = []
+    if fit:
+        smallest = min(fit, key=lambda model: int(model["size"]["size_bytes"]))
+        said.append(f"nothing measured here speaks against {smallest['name']} ({megabytes(smallest)})")
+    if unfit:
+        said.append(
+            f"think twice about {listed(unfit)}: more bits, or `logitwise refit CHECKPOINT OUT --original FP --polish` "
+            "at the same size"
+        )
+    text = "; ".join(said)
+    return f"What to do: {text}."
+
+
+def faults(original: Json, model: Json) -> list[str]:
+    """What speaks against a model, in words; nothing where nothing does."""
+    found = []
+    if model["tokens"]["flips"]["decided"]["mean"] > OVERTURNED:
+        found.append("it overturns decisions")
+    if model["tasks"] and model["tasks"]["interval"][1] < 0:
+        found.append("it solves fewer problems")
+    if model["answers"]["ended"] < original["answers"]["ended"] - LESS_ENDING:
+        found.append("fewer of its answers end")
+    return found
+
+
+def percent(share: float) -> str:
+    """A share in words: one decimal near the ends, where it matters."""
+    value = 100 * share
+    return f"{value:.1f} %" if value and (value < 10 or value > 90) and value != 100 else f"{value:.0f} %"
+
+
+def signed(points: float) -> str:
+    """A difference in whole points; 0 has no sign."""
+    whole = round(points)
+    return f"{whole:+d}" if whole else "0"
+
+
+def listed(parts: list[str]) -> str:
+    """Several things as a sentence has them."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def megabytes(model: Json) -> str:
+    """A model's size in words."""
+    size = model["size"]["size_bytes"]
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _called(model: Json) -> str:
+    return "full precision" if model["original"] else str(model["name"])

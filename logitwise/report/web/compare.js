@@ -1,0 +1,191 @@
+"use strict";
+// Lays out a comparison: tables that sort, charts, flipped tokens and answers side by side.
+
+const found = JSON.parse(document.getElementById("findings").textContent);
+const original = found.models[0];
+const others = found.models.slice(1);
+found.models.forEach((model, index) => { model.color = index ? `var(--s${((index - 1) % 6) + 1})` : "var(--s0)"; });
+const noise = { name: "bfloat16 noise", color: "var(--noise)", tokens: found.noise };
+
+const count = (value) => value.toLocaleString("en");
+const nats = (value) => (value === 0 ? "0" : Math.abs(value) < 1e-4 ? value.toExponential(0) : Number(value.toPrecision(3)).toString());
+const brief = (value) => (value === 0 ? "0" : Math.abs(value) < 1e-4 ? value.toExponential(0) : Number(value.toPrecision(2)).toString());
+const share = (value, tick) => `${(100 * value).toFixed(tick ? 0 : 1)} %`;
+const points = (value) => { const text = (100 * value).toFixed(1).replace(/^-0\.0$/, "0.0"); return value > 0 && text !== "0.0" ? `+${text}` : text; };
+const from = (low) => `${Math.round(100 * low)} %+`;
+const width = (value) => (100 * value).toFixed(1);
+const size = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(bytes / 1e6).toFixed(1)} MB`);
+const figure = (value, format, spread = format) => (value === null ? null : { sort: value.mean, text: format(value.mean), error: value.standard_error === null ? "" : ` ± ${spread(value.standard_error)}` });
+const plain = (value, format) => (value === null || value === undefined ? null : { sort: value, text: format(value) });
+
+function section(title, note, ...parts) {
+  document.getElementById("report").append(element("section", {}, element("h2", {}, title), element("p", { class: "note" }, note), ...parts));
+}
+
+/** A table that sorts by the column whose head is pressed. columns: [[head, cell of a row]]; the first is its name. */
+function table(columns, rows) {
+  const used = columns.filter(([, cell]) => rows.some((row) => cell(row) !== null));
+  const body = element("tbody", {}, ...rows.map((row) => {
+    const line = element("tr");
+    used.forEach(([, cell, kind], index) => {
+      const value = cell(row);
+      const made = element(index ? "td" : "th", index ? { class: kind } : { scope: "row", color: row.color, class: "text" });
+      if (value === null) made.append("–");
+      else if (kind === "text") made.append(element("code", {}, value.text));
+      else made.append(value.text, ...(value.error ? [element("span", { class: "error" }, value.error)] : []));
+      made.sortKey = value === null ? null : value.sort;
+      line.append(made);
+    });
+    return line;
+  }));
+  const heads = used.map(([head, , kind], index) => {
+    const button = element("button", { type: "button" }, head);
+    const cell = element("th", { scope: "col", class: kind }, button);
+    button.addEventListener("click", () => sort(cell, index));
+    return cell;
+  });
+  function sort(cell, index) {
+    const down = cell.getAttribute("aria-sort") === "ascending";
+    heads.forEach((head) => head.removeAttribute("aria-sort"));
+    cell.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const order = (one, other) => (typeof one === "string" ? one.localeCompare(other) : one - other) * (down ? -1 : 1);
+    const lines = [...body.children].sort((one, other) => {
+      const [a, b] = [one.children[index].sortKey, other.children[index].sortKey];
+      return a === null || b === null ? (a === null) - (b === null) : order(a, b);
+    });
+    body.replaceChildren(...lines);
+  }
+  return element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "a table, wider than some screens" }, element("table", {}, element("thead", {}, element("tr", {}, ...heads)), body));
+}
+
+const name = (row) => ({ sort: row.name, text: row.name });
+const tokens = (pick) => (row) => (row.tokens ? pick(row.tokens) : null);
+
+const AFTER = 32;
+
+section("The models", `How far each is from full precision, token by token, on full precision's own answers. KL in nats; ± one standard error over answers. The last line is full precision computed in bfloat16. Press a column's head to sort.`,
+  table([
+    ["model", name],
+    ["size", (row) => plain(row.size?.size_bytes, size)],
+    ["bits a weight", (row) => plain(row.size?.bits_per_weight, (value) => value.toFixed(2))],
+    ["KL", tokens((t) => figure(t.kl.mean, nats, brief))],
+    ["KL, median", tokens((t) => plain(t.kl.median, brief))],
+    ["KL, 90 %", tokens((t) => plain(t.kl.p90, brief))],
+    ["KL, 99 %", tokens((t) => plain(t.kl.p99, brief))],
+    ["reverse KL", tokens((t) => figure(t.reverse_kl.mean, nats, brief))],
+    ["same likeliest token", tokens((t) => figure(t.top1, share, width))],
+    ["decisions overturned", tokens((t) => figure(t.flips.decided, share, width))],
+  ], [...found.models, noise]));
+
+section("Their answers", `Greedy answers of at most ${count(found.conditions.answer_tokens)} tokens to ${count(found.conditions.prompts.count)} prompts (${found.conditions.prompts.from})${found.conditions.tasks ? `; problems: ${count(found.conditions.tasks.count)}, ${found.conditions.tasks.from}; the difference to full precision is in points, with its paired 95 % interval` : ""}.`,
+  table([
+    ["model", name],
+    [`identical after ${AFTER} tokens`, (row) => (row.original ? null : plain(row.answers.survival[Math.min(AFTER, row.answers.survival.length - 1)], share))],
+    ["identical to the end", (row) => (row.original ? null : plain(row.answers.identical, share))],
+    ["come to their end", (row) => plain(row.answers.ended, share)],
+    ["loop", (row) => plain(row.answers.loops, share)],
+    ["repeated 4-grams", (row) => plain(row.answers.repeated, share)],
+    ["thinking closes", (row) => plain(row.answers.thinking?.closed, share)],
+    ["mean tokens", (row) => plain(row.answers.tokens.mean, (value) => value.toFixed(0))],
+    ["problems solved", (row) => plain(row.tasks?.accuracy, share)],
+    ["difference", (row) => (row.tasks && !row.original ? { sort: row.tasks.difference, text: points(row.tasks.difference), error: ` (${points(row.tasks.interval[0])} to ${points(row.tasks.interval[1])})` } : null)],
+    ["lost, gained", (row) => (row.tasks && !row.original ? { sort: row.tasks.lost, text: `${row.tasks.lost}, ${row.tasks.gained}` } : null)],
+    ...(original.tasks?.pass_at_k?.values ?? []).map(({ k }, index) => [`pass@${k}`, (row) => plain(row.tasks.pass_at_k.values[index].value, share)]),
+  ], found.models));
+
+/** A series of bins for each model and for the noise floor; x is the middle of a bin, or its place. */
+function binned(pick, { spots = null, low = -Infinity, high = Infinity, withNoise = true } = {}) {
+  return [...others, ...(withNoise ? [noise] : [])].map((model) => ({
+    name: model.name, color: model.color, dashed: model === noise,
+    points: pick(model.tokens).map((bin) => {
+      const error = bin.figure.standard_error;
+      const ends = error === null ? {} : { low: Math.max(low, bin.figure.mean - error), high: Math.min(high, bin.figure.mean + error) };
+      return { x: spots ? spots.indexOf(bin.low) : (bin.low + bin.high) / 2, y: bin.figure.mean, from: bin.low, to: bin.high, ...ends };
+    }),
+  }));
+}
+const stretch = (x, point) => (point ? `tokens ${point.from} to ${point.to - 1}` : `token ${x}`);
+const longest = Math.max(...others.map((model) => model.answers.survival.length));
+const every = Math.max(1, Math.ceil(longest / 200));
+
+section("Along an answer", `Every model reads full precision's own ${count(found.conditions.measured_on.tokens)} answer tokens and is asked for each next one; for "still identical" each answers by itself. Bands are one standard error over answers. The dashed line is full precision itself, computed in bfloat16: damage as small as that is mere rounding.`,
+  element("div", { class: "grid" },
+    chart({ title: "Damage by position", note: "KL from full precision to the model. Does it grow as the answer goes on?", series: binned((t) => t.kl_by_position, { low: 0 }), xLabel: "position in the answer (tokens)", yLabel: "KL (nats a token, log)", log: true, format: nats, xFormat: stretch }),
+    chart({ title: "Answers still identical", note: "Each model answers by itself, greedily: the share that is full precision's so far.", series: others.map((model) => ({ name: model.name, color: model.color, step: true, points: model.answers.survival.map((y, x) => ({ x, y })).filter(({ x }) => x % every === 0) })), xLabel: "after so many tokens", yLabel: "share of answers", format: share, xFormat: (x) => `after ${x} tokens`, domain: [0, 1] }),
+    chart({ title: "Agreement by position", note: "How often both find the same next token the likeliest.", series: binned((t) => t.top1_by_position, { high: 1 }), xLabel: "position in the answer (tokens)", yLabel: "same likeliest token", format: share, xFormat: stretch, domain: [Math.min(0.9, ...others.flatMap((m) => m.tokens.top1_by_position.map((bin) => Math.floor(10 * (bin.figure.mean - (bin.figure.standard_error ?? 0))) / 10))), 1] }),
+    chart({ title: "How the damage is spread", note: "Most tokens lose nothing and few lose much: percentiles of KL over tokens.", series: [...others, noise].map((model) => ({ name: model.name, color: model.color, dashed: model === noise, points: ["median", "p90", "p99"].map((key, x) => ({ x, y: model.tokens.kl[key] })) })), categories: ["median", "90 %", "99 %"], xLabel: "percentile of tokens", yLabel: "KL (nats, log)", log: true, format: nats })));
+
+const confidenceSpots = [...new Set([...others, noise].flatMap((model) => model.tokens.kl_by_confidence.map((bin) => bin.low)))].sort((a, b) => a - b);
+const marginSpots = [...new Set(others.flatMap((model) => model.tokens.flips.by_margin.map((bin) => bin.low)))].sort((a, b) => a - b);
+const diagonal = { name: "calibrated", color: "var(--s0)", dashed: true, quiet: true, points: [{ x: 0, y: 0 }, { x: 1, y: 1 }] };
+function reliability(at, title, note) {
+  const series = others.filter((model) => model.tokens.confidence[at]).map((model) => ({ name: model.name, color: model.color, points: model.tokens.confidence[at].bins.map((bin) => ({ x: bin.confidence, y: bin.backing })) }));
+  return chart({ title, note, series: [...series, diagonal], xLabel: "the model's confidence in its likeliest token", yLabel: "probability by full precision", format: share, xFormat: (x) => `confidence ${share(x)}`, domain: [0, 1] });
+}
+
+section("Sure and unsure", "Where full precision hesitates a change is often harmless; where it is sure hardly ever.",
+  element("div", { class: "grid" },
+    chart({ title: "Damage by full precision's confidence", note: "KL at tokens to whose likeliest choice full precision gives so much probability.", series: binned((t) => t.kl_by_confidence, { spots: confidenceSpots, low: 0 }), categories: confidenceSpots.map(from), xLabel: "full precision's confidence, from", yLabel: "KL (nats a token, log)", log: true, format: nats }),
+    chart({ title: "Flipped tokens by margin", note: "Share of tokens where another becomes the likeliest, by how far full precision's first choice leads its second.", series: binned((t) => t.flips.by_margin, { spots: marginSpots, low: 0 }), categories: marginSpots.map(from), xLabel: "full precision's margin, from", yLabel: "share that flips", format: share }),
+    reliability("all", "Is its confidence still worth it?", "How likely full precision finds what the model is so confident of. Below the line: overconfident."),
+    reliability("high_entropy", "And where the text could go either way?", "The same at the fifth of tokens of highest entropy, where reasoning forks.")),
+  table([
+    ["model", name],
+    ["where", (row) => ({ sort: row.where, text: row.where }), "text"],
+    ["tokens", (row) => plain(row.at.tokens, count)],
+    ["KL, nats a token", (row) => figure(row.at.kl, nats)],
+    ["same likeliest token", (row) => figure(row.at.agrees, share)],
+    ["overconfidence (points)", (row) => figure(row.at.overconfidence, points, width)],
+    ["calibration error (points)", (row) => plain(row.at.error, width)],
+  ], others.flatMap((model) => Object.entries({ all: "all tokens", low_entropy: "low entropy", high_entropy: "highest entropy, a fifth", turns: "turns (Wait, But ...)" })
+    .filter(([key]) => model.tokens.confidence[key])
+    .map(([key, where]) => ({ name: model.name, color: model.color, where, at: model.tokens.confidence[key] })))));
+
+const ended = (kind, side) => (row) => (row.tokens.endings[kind] ? plain(row.tokens.endings[kind][side], share) : null);
+section("Where full precision ends", "The probability of the token that ends the turn, or the thinking block, at the places where full precision writes it. A model that gives it too little goes on and on.",
+  table([
+    ["model", name],
+    ["ends of turns", (row) => (row.tokens.endings.turn ? plain(row.tokens.endings.turn.places, count) : null)],
+    ["full precision gives", ended("turn", "original")], ["the model gives", ended("turn", "model")],
+    ["ends of thinking", (row) => (row.tokens.endings.thinking ? plain(row.tokens.endings.thinking.places, count) : null)],
+    ["full precision gives ", ended("thinking", "original")], ["the model gives ", ended("thinking", "model")],
+  ], others));
+
+section("Decisions overturned", "The flips at which full precision was the surest of its own token: what stood before, what each side would write next.",
+  table([
+    ["model", name],
+    ["after", (row) => ({ sort: row.before, text: `… ${row.before.trim()}` }), "text"],
+    ["full precision", (row) => ({ sort: row.original, text: JSON.stringify(row.original) }), "text"],
+    ["gives it", (row) => plain(row.original_probability, share)],
+    ["model", (row) => ({ sort: row.model, text: JSON.stringify(row.model) }), "text"],
+    ["gives it ", (row) => plain(row.model_probability, share)],
+    ["position", (row) => plain(row.position, count)],
+  ], others.flatMap((model) => model.tokens.flips.worst.map((flip) => ({ ...flip, name: model.name, color: model.color })))));
+
+function answer(model, text, note, first) {
+  const words = element("p", { class: "words", tabindex: 0 });
+  if (first === undefined) words.append(text);
+  else {
+    const [, mark, rest] = /^(\s*\S*)([\s\S]*)$/.exec(text.rest);
+    words.append(element("span", { class: "same" }, text.same), ...(first === null ? [] : [element("mark", {}, mark || "(ends here)"), rest]));
+  }
+  return element("div", { color: model.color }, element("h4", {}, model.name), element("p", { class: "note" }, note), words);
+}
+const length = (one) => `${count(one.tokens)} tokens${one.ended ? "" : ", cut off"}`;
+section("Answers side by side", `Greedy answers to the same prompt${found.answers.length < found.conditions.prompts.count ? `, the first ${found.answers.length} of ${count(found.conditions.prompts.count)}` : ""}. What is the same as in full precision is grey; the first difference is marked.`,
+  ...found.answers.map((entry, index) => element("details", index ? {} : { open: "" },
+    element("summary", {}, entry.prompt),
+    element("div", { class: "columns" },
+      answer(original, entry.original.text, length(entry.original)),
+      ...entry.models.map((one, place) => answer(others[place], one, `${length(one)}, ${one.first_different === null ? "identical" : `differs from token ${count(one.first_different + 1)} on`}`, one.first_different))))));
+
+const made = found.conditions;
+const facts = {
+  made: found.made, original: original.name,
+  prompts: `${count(made.prompts.count)}, ${made.prompts.from}`,
+  tasks: made.tasks ? `${count(made.tasks.count)}, ${made.tasks.from}, answers found by ${made.tasks.extractor}` : "none",
+  "measured on": `${count(made.measured_on.tokens)} tokens of full precision's ${made.measured_on.temperature ? `answers at temperature ${made.measured_on.temperature}` : "greedy answers"}, in ${made.measured_dtype}`,
+  answers: `greedy, in ${made.answers_dtype}, at most ${count(made.answer_tokens)} tokens, on ${made.device}`,
+  seed: String(made.seed), versions: Object.entries(made.versions).map(([key, value]) => `${key} ${value}`).join(", "),
+};
+document.getElementById("footer").append(element("dl", {}, ...Object.entries(facts).flatMap(([key, value]) => [element("dt", {}, key), element("dd", {}, value)])));

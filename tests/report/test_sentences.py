@@ -1,0 +1,108 @@
+"""The five sentences and the advice, from findings made by hand."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from logitwise.report.markdown import summary_of, table
+from logitwise.report.sentences import faults, listed, percent, sentences
+
+
+def model(
+    name: str, kl: float, decided: float, ended: float, interval: tuple[float, float], size: int
+) -> dict[str, Any]:
+    def figure(mean: float) -> dict[str, float]:
+        return {"mean": mean, "standard_error": mean / 10}
+
+    return {
+        "name": name,
+        "original": False,
+        "size": {"size_bytes": size, "bits_per_weight": 3.3, "bits_per_parameter": 5.0},
+        "tokens": {
+            "kl": {"mean": figure(kl), "median": kl / 9, "p90": 2 * kl, "p99": 9 * kl},
+            "reverse_kl": {"mean": figure(1.1 * kl), "median": kl / 9, "p90": 2 * kl, "p99": 9 * kl},
+            "top1": figure(1 - decided * 3),
+            "growth": {"first": figure(kl), "second": figure(3 * kl), "difference": figure(2 * kl)},
+            "flips": {"share": figure(decided * 3), "decided": figure(decided)},
+        },
+        "answers": {"identical": 0.25, "ended": ended, "loops": 0.0 if ended > 0.9 else 0.5, "thinking": None},
+        "tasks": {
+            "problems": 40,
+            "accuracy": 0.975 + sum(interval) / 2,
+            "difference": sum(interval) / 2,
+            "interval": list(interval),
+        },
+    }
+
+
+@pytest.fixture
+def findings() -> dict[str, Any]:
+    original = model("full", 0, 0, 1.0, (0, 0), 4_000_000)
+    original |= {"original": True, "tokens": None}
+    good = model("w3", 0.03, 0.001, 1.0, (-0.05, 0.0), 2_000_000)
+    bad = model("w2", 0.8, 0.1, 0.5, (-0.7, -0.5), 1_500_000)
+    noise = copy.deepcopy(model("", 0.001, 0, 1, (0, 0), 0)["tokens"])
+    return {"models": [original, bad, good], "noise": noise}
+
+
+def test_each_sentence_answers_its_question(findings: dict[str, Any]) -> None:
+    which, what, where, whether, do = sentences(findings)
+    assert which.startswith("Nearest to full precision is w3: it finds the same next token the likeliest at 99.7 %")
+    assert "30 times what mere rounding to bfloat16 does" in which
+    assert "40 problems full precision solves 97.5 %" in what
+    assert "w2 38 % (-70 to -50 points with 95 % confidence)" in what
+    assert "w3 95.0 % (-5 to 0 points with 95 % confidence, which may be chance)" in what
+    assert "In w2 the damage grows along an answer (3.0 times" in where
+    assert "10 % of its tokens flip although" in where
+    assert "come to their end in the tokens allowed: full precision 100 %, w3 100 % and w2 50 %" in whether
+    assert "end in a loop: full precision 0 %, w3 0 % and w2 50 %" in whether
+    assert do.startswith("What to do: nothing measured here speaks against w3 (2.0 MB)")
+    assert "think twice about w2 (it overturns decisions, it solves fewer problems and fewer of its answers end)" in do
+
+
+def test_without_problems_answers_speak(findings: dict[str, Any]) -> None:
+    for one in findings["models"]:
+        one["tasks"] = None
+    assert "25 % of w3's" in sentences(findings)[1]
+
+
+def test_damage_that_is_even_is_said_to_be(findings: dict[str, Any]) -> None:
+    findings["models"][1]["tokens"]["growth"]["difference"] = {"mean": 0.01, "standard_error": 0.01}
+    assert "is even along an answer" in sentences(findings)[2]
+
+
+def test_a_difference_by_chance_is_no_fault(findings: dict[str, Any]) -> None:
+    original, _, good = findings["models"]
+    assert faults(original, good) == []
+    good["tasks"]["interval"] = [-0.2, 0.01]
+    assert faults(original, good) == []
+    good["tasks"]["interval"] = [-0.2, -0.01]
+    assert faults(original, good) == ["it solves fewer problems"]
+
+
+def test_nothing_fit_is_not_recommended(findings: dict[str, Any]) -> None:
+    del findings["models"][2]
+    assert "speaks against" not in sentences(findings)[4]
+
+
+@pytest.mark.parametrize(
+    ("share", "words"), [(0, "0 %"), (0.004, "0.4 %"), (0.5, "50 %"), (0.996, "99.6 %"), (1, "100 %")]
+)
+def test_percent(share: float, words: str) -> None:
+    assert percent(share) == words
+
+
+def test_the_summary_holds_the_sentences_and_every_model(findings: dict[str, Any]) -> None:
+    findings["sentences"] = sentences(findings)
+    findings["models"][1]["name"] = "w2|x"
+    text = summary_of(findings)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1, "every row has every column"
+    assert "w2\\|x" in text
+    assert "2. Of 40 problems" in text
+
+
+def test_cells_are_no_markup() -> None:
+    assert table(["a"], [["<b>*x*"]]).splitlines()[-1] == "| \\<b>\\*x\\* |"
+    assert listed(["a", "b", "c"]) == "a, b and c"
