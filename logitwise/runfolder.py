@@ -205,12 +205,14 @@ class RunFolder:
 
     def empty(self) -> None:
         """Removes everything that is finished."""
+        self._whole.clear()
         for file in self.path.glob("*"):
             if file.name != LOCK:
                 file.unlink()
 
     def remove(self) -> None:
         """The folder and everything in it."""
+        self._whole.clear()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _make(self) -> None:
