@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=10, help="How often each kind of run is killed (test_kills.py).")
+    parser.addoption("--kills", type=int, default=4, help="How often each kind of run is killed (test_kills.py).")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Refit: a checkpoint of any format made better in place, and the pairs that are refused."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,7 +177,7 @@ def test_the_same_command_goes_on_where_it_ended(
         with pytest.raises(KeyboardInterrupt):
             refit(came, tmp_path / "made", original=folder, recipe=asked(text, polish=True, polish_steps=8))
     assert not (tmp_path / "made").exists()
-    monkeypatch.setattr("logitwise.refit.fit", None)  # what was fitted is not fitted again
+    monkeypatch.setattr(sys.modules["logitwise.refit"], "fit", None)  # what was fitted is not fitted again
     again = refit(came, tmp_path / "made", original=folder, recipe=asked(text, polish=True, polish_steps=8))
     assert again.after.kl == whole.after.kl
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "made"))
