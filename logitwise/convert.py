@@ -15,10 +15,11 @@ from logitwise.grid import Grid, Quantized
 from logitwise.machine import repeatable
 from logitwise.modelcard import model_card
 from logitwise.preflight import describe
+from logitwise.runpage import run_page
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedSource, open_stored
 from logitwise.watch import SILENT, Watcher
-from logitwise.writing import REPORT, Written, read_back, read_report, write_model_files, write_tensors
+from logitwise.writing import PAGE, REPORT, Written, read_back, read_report, write_model_files, write_tensors
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def export(
             report = _report(report, form, set(grids.values()), weights, written)
             write_json(staging / REPORT, report)
             (staging / "README.md").write_text(model_card(report), encoding="utf-8")
+            (staging / PAGE).write_text(run_page(report), encoding="utf-8")
         if verify:
             read_back(staging, form, written, watcher)
     return Exported(out, format, written.size, len(grids))

@@ -39,6 +39,6 @@ The final blocks were fitted by {report["fitted_by"]}{polished}.{rewritten}
 {form.loading(".")}
 ```
 
-`logitwise.json` holds the recipe, every automatic choice with its reason, versions, losses and what became of each
-tensor.
+`report.html` shows how the run went; `logitwise.json` holds the recipe, every automatic choice with its reason,
+versions, losses and what became of each tensor.
 """

@@ -19,6 +19,7 @@ from logitwise.grid import Grid, Quantized
 from logitwise.modelcard import model_card
 from logitwise.polish import Polished
 from logitwise.preflight import Job
+from logitwise.runpage import run_page
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedSource, Source
 from logitwise.source.quantized import open_folder
@@ -80,6 +81,7 @@ def write(
         }
         write_json(staging / REPORT, report)
         (staging / "README.md").write_text(model_card(report), encoding="utf-8")
+        (staging / PAGE).write_text(run_page(report), encoding="utf-8")
         if verify:
             read_back(staging, job.format, written, watcher)
     return report
@@ -87,6 +89,9 @@ def write(
 
 REPORT, REFIT_REPORT = "logitwise.json", "refit.json"
 """What was made, and what a refit changed, beside the checkpoint."""
+
+PAGE = "report.html"
+"""The page of the run."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ SETTINGS = (
 QUANTIZE = ("quantize", "model", "out", *(word for setting in SETTINGS for word in ("--set", setting)))
 """Own text, an MSE fit of each block, the LFQ of the last and the polish."""
 AT_REST = {"model", HEARD, COUNTED}
+REPORTS = ("logitwise.json", "README.md", "report.html")
 
 
 def start(
@@ -120,8 +121,8 @@ def run_undisturbed(place: Path) -> Undisturbed:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, but for the report, which tells how long it took."""
-    return {file.name: file.read_bytes() for file in out.iterdir() if file.name not in ("logitwise.json", "README.md")}
+    """The files of a checkpoint, but for the reports, which tell how long it took."""
+    return {file.name: file.read_bytes() for file in out.iterdir() if file.name not in REPORTS}
 
 
 def finish(place: Path, expected: dict[str, bytes]) -> None:

@@ -87,7 +87,7 @@ def unusual() -> Iterator[None]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    reports = ("logitwise.json", "refit.json", "README.md")  # they tell how long it took
+    reports = ("logitwise.json", "refit.json", "README.md", "report.html")  # they tell how long it took
     return {file.name: file.read_bytes() for file in out.iterdir() if file.name not in reports}
 
 

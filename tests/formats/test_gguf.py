@@ -548,6 +548,7 @@ def test_a_run(checkpoints: Path, folder: Path, text: Path) -> None:  # noqa: F8
     name = folder.name
     assert {file.name for file in out.iterdir()} == {
         "README.md",
+        "report.html",
         "logitwise.json",
         "generation_config.json",
         f"{name}.gguf",

@@ -11,8 +11,9 @@ import pytest
 from report_findings import findings
 
 from logitwise.errors import MachineError
+from logitwise.pages import embedded
 from logitwise.report.files import write_report
-from logitwise.report.page import embedded, page_of
+from logitwise.report.page import page_of
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
