@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitwise.calibration.chat import Message, completed, conversation
 from logitwise.calibration.rows import Document
-from logitwise.calibration.text import check_length, parse, read_utf8, whole
+from logitwise.calibration.text import lines_of_file, parse, whole
 from logitwise.errors import CalibrationError
 
 PROMPT_KEYS = ("prompt", "question")
@@ -21,11 +21,7 @@ def read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Document]
     Errors: CalibrationError, with file and line, where a line cannot be read or has no known keys.
     """
     documents = []
-    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        check_length(line, place)
+    for place, line in lines_of_file(path):
         try:
             record = parse(line)
         except ValueError as error:

@@ -5,7 +5,7 @@ import tomllib
 from importlib.resources import files
 from pathlib import Path
 
-from logitwise.calibration.text import check_length, parse, read_utf8
+from logitwise.calibration.text import lines_of_file, parse
 from logitwise.errors import CalibrationError
 
 PATIENCE = 1000  # draws in a row that bring nothing new before the prompts count as used up
@@ -53,29 +53,26 @@ def prompts_of_file(path: Path) -> list[str]:
 
     Errors: CalibrationError, with the line, where the file or one of its lines cannot be read.
     """
-    prompts = []
-    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        check_length(line, f"{path}, line {number}")
-        prompts.append(prompt_of_json(path, number, line) if line.lstrip().startswith("{") else line.strip())
-    return prompts
+    return [
+        prompt_of_json(place, line) if line.lstrip().startswith("{") else line.strip()
+        for place, line in lines_of_file(path)
+    ]
 
 
-def prompt_of_json(path: Path, number: int, line: str) -> str:
+def prompt_of_json(place: str, line: str) -> str:
     """The prompt in one JSON line."""
     try:
         record = parse(line)
     except ValueError as error:
         raise CalibrationError(
-            f"{path}, line {number} is not JSON",
+            f"{place} is not JSON",
             f"it begins with a brace, but {error}",
             "write one prompt a line, or one JSON object with the key prompt",
         ) from error
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
         raise CalibrationError(
-            f"{path}, line {number} has no prompt",
+            f"{place} has no prompt",
             "a JSON line of prompts needs the key prompt with a text",
             "write one prompt a line, or one JSON object with the key prompt",
         )

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,20 @@ def read_utf8(path: Path) -> str:
     if not text.strip():
         raise CalibrationError(f"the file {path} is empty", "it holds no text", "give a file with text in it")
     return text
+
+
+def lines_of_file(path: Path) -> Iterator[tuple[str, str]]:
+    """Each line of a file that is not empty, after the place it has: "FILE, line 3".
+
+    A line feed alone ends a line: a JSON string may hold the other characters that do.
+
+    Errors: CalibrationError where the file cannot be read, or a line is too long.
+    """
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            check_length(line, place)
+            yield place, line
 
 
 def check_length(text: str, place: str) -> None:

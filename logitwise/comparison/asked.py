@@ -1,6 +1,5 @@
 """What all models are asked: prompts to answer, and problems with a right answer. Read and refused before any work."""
 
-import json
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from logitwise.calibration.chat import prompt_ids
 from logitwise.calibration.prompts import prompts_of_file
-from logitwise.calibration.text import read_utf8
+from logitwise.calibration.text import lines_of_file, parse
 from logitwise.errors import CalibrationError, RecipeError
 from logitwise.measure.problems import make_problems
 from logitwise.measure.tasks import EXTRACTORS, Problem
@@ -72,21 +71,16 @@ def read_problems(path: Path) -> list[Problem]:
     Errors: CalibrationError, with the line, where the file or one of its lines cannot be read.
     """
     problems = []
-    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
-        if not line.strip():
-            continue
+    for place, line in lines_of_file(path):
+        entry, why = None, "a line needs the keys prompt and answer, each with a text"
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            entry, why = None, f"{error.msg} at column {error.colno}"
-        else:
-            why = "a line needs the keys prompt and answer, each with a text"
+            entry = parse(line)
+        except ValueError as error:
+            why = str(error)
         prompt = (entry.get("prompt") or entry.get("question")) if isinstance(entry, dict) else None
         answer = entry.get("answer") if isinstance(entry, dict) else None
         if not isinstance(prompt, str) or not isinstance(answer, str | int | float):
-            raise CalibrationError(
-                f"{path}, line {number} is no problem", why, "write one JSON object a line: prompt and answer"
-            )
+            raise CalibrationError(f"{place} is no problem", why, "write one JSON object a line: prompt and answer")
         problems.append(Problem(prompt, str(answer)))
     return problems
 

@@ -129,12 +129,11 @@ section("Answers side by side", `Greedy answers to the same prompt${found.answer
       ...entry.models.map((one, place) => answer(others[place], one, `${length(one)}, ${one.first_different === null ? "identical" : `differs from token ${count(one.first_different + 1)} on`}`, one.first_different))))));
 
 const made = found.conditions;
-const facts = {
+footer({
   made: found.made, original: original.name,
   prompts: `${count(made.prompts.count)}, ${made.prompts.from}`,
   tasks: made.tasks ? `${count(made.tasks.count)}, ${made.tasks.from}, answers found by ${made.tasks.extractor}` : "none",
   "measured on": `${count(made.measured_on.tokens)} tokens of full precision's ${made.measured_on.temperature ? `answers at temperature ${made.measured_on.temperature}` : "greedy answers"}, in ${made.measured_dtype}`,
   answers: `greedy, in ${made.answers_dtype}, at most ${count(made.answer_tokens)} tokens, on ${made.device}`,
   seed: String(made.seed), versions: Object.entries(made.versions).map(([key, value]) => `${key} ${value}`).join(", "),
-};
-document.getElementById("footer").append(element("dl", {}, ...Object.entries(facts).flatMap(([key, value]) => [element("dt", {}, key), element("dd", {}, value)])));
+});

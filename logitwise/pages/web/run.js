@@ -56,7 +56,7 @@ if (learned.length)
   ], learned));
 
 const text = found.calibration;
-const facts = {
+footer({
   model: `${found.model.name}, ${found.model.dtype}`, sha256: found.model.sha256,
   size: `${size(found.size_bytes)}, ${found.bits_per_weight.toFixed(2)} bits a quantized weight, ${found.bits_per_parameter.toFixed(2)} a parameter`,
   grids: Object.entries(found.grids).map(([grid, layers]) => `${layers} layers: ${grid}`).join("; "),
@@ -64,5 +64,4 @@ const facts = {
   ...Object.fromEntries(Object.entries(found.choices).map(([key, choice]) => [key.replaceAll("_", " "), `${choice.value} (${choice.why})`])),
   recipe: Object.entries(found.recipe).filter(([, value]) => value !== null && typeof value !== "object").map(([key, value]) => `${key} ${value}`).join(", "),
   versions: Object.entries(found.versions).map(([key, value]) => `${key} ${value}`).join(", "),
-};
-document.getElementById("footer").append(element("dl", {}, ...Object.entries(facts).flatMap(([key, value]) => [element("dt", {}, key), element("dd", {}, value)])));
+});

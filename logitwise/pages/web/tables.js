@@ -51,3 +51,8 @@ function table(columns, rows) {
   }
   return element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "a table, wider than some screens" }, element("table", {}, element("thead", {}, element("tr", {}, ...heads)), body));
 }
+
+/** What the page is made from, at its foot. */
+function footer(facts) {
+  document.getElementById("footer").append(element("dl", {}, ...Object.entries(facts).flatMap(([key, value]) => [element("dt", {}, key), element("dd", {}, value)])));
+}
