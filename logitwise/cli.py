@@ -119,24 +119,6 @@ def quantize(
             raise UnmetError(result.unmet[0], "--strict was given", f"the checkpoint is at {out} all the same")
 
 
-RECIPE_KEYS = (
-    *(
-        "bits",
-        "group_size",
-        "symmetric",
-        "target_bits",
-        "method",
-        "objective",
-        "final_blocks",
-        "polish",
-        "polish_steps",
-    ),
-    *("start", "format", "scale_dtype", "calibration", "rows", "row_tokens", "rows_last", "held_out", "steps", "batch"),
-    *("keep", "seed", "device"),
-)
-"""Options that are keys of a recipe."""
-
-
 def _recipe(options: dict[str, Any]) -> Any:
     """The recipe that the options of a command ask for."""
     from logitwise.recipe import Recipe, parse_settings
@@ -147,7 +129,7 @@ def _recipe(options: dict[str, Any]) -> Any:
             "a channel's scale is shared by the whole row",
             "give one of them",
         )
-    changes = {name: options[name] for name in RECIPE_KEYS if options[name] is not None}
+    changes = {name: value for name, value in options.items() if name in Recipe.model_fields and value is not None}
     changes |= parse_settings(options["settings"] or [])
     if options["per_channel"]:
         changes["group_size"] = None

@@ -52,7 +52,7 @@ class Plan:
         seconds: of each part of the run.
         loaders: what loads the checkpoint.
         splits: by number of GPUs that share each layer, None where they can, or else why not.
-        unmet: why the run does not fit on this machine, each with what would help.
+        unmet: why the run does not fit on this machine, each reason with what would help.
         notes: what the figures leave out.
     """
 
@@ -68,7 +68,7 @@ class Plan:
     seconds: dict[str, float]
     loaders: str
     splits: dict[int, str | None]
-    unmet: list[str]
+    unmet: list[tuple[str, str]]
     notes: list[str]
 
 
@@ -142,11 +142,9 @@ def _measured(
     seconds = {"reading and checking the model": weights_bytes / READING}
     learns, depth = QUANTIZERS[recipe.method].learns, len(outlined.skeleton)
     rows, held = recipe.most_rows, recipe.held_out_rows
-    all_rows, peaks, notes = rows + held, [0], []
-    if not learns and recipe.start not in INFORMED and not recipe.polish:
-        recipe = recipe.but(objective="mse", steps=0, steps_last=0)
-        all_rows = 0
-    elif not learns:
+    all_rows, of_writing, notes = rows + held, 0, list[str]()
+    if not learns:
+        all_rows = all_rows if recipe.start in INFORMED or recipe.polish else 0
         recipe = recipe.but(objective="mse", steps=0, steps_last=0)
     steps = plan_steps(recipe, depth, "plan")
     fits, refits = ([step for step in steps if step.refit == refit] for refit in (False, True))
@@ -156,7 +154,7 @@ def _measured(
         if all_rows and split_spec(recipe.calibration)[0] == "self":
             text = of_text(source, recipe, ANSWER_BATCH, depth)
             seconds["writing calibration text"] = text.token * (all_rows + 2) * recipe.row_tokens
-            peaks.append(text.peak)
+            of_writing = text.peak
         stage.advance()
         forward = of_forward(source, recipe, max(1, min(all_rows, at_once)))
         stage.advance()
@@ -176,13 +174,12 @@ def _measured(
 
     fitting = of_steps(fits, usual, largest) + 2 * depth * all_rows * forward
     seconds["fitting blocks" if all_rows else "rounding blocks"] = fitting
-    peaks.append(usual.peak)
-    streams = 2
+    of_fits, streams = usual.peak, 2
     if last:
         seconds["fitting the final blocks by " + recipe.objective] = (
             of_steps(refits, last, refits[0]) + 2 * held * last.held_out_row
         )
-        peaks.append(last.peak)
+        of_fits = max(of_fits, last.peak)
         streams += final_blocks(recipe, depth) > 1 or recipe.teacher_last == "quantized"
     if recipe.polish:
         batch = recipe.polish_batch or recipe.batch
@@ -197,10 +194,8 @@ def _measured(
     notes += ["the time of rewrites is not in it"] if recipe.rewrites else []
     hidden = outlined.skeleton.model.config.get_text_config().hidden_size
     of_streams = streams * all_rows * recipe.row_tokens * hidden * getattr(torch, recipe.compute_dtype).itemsize
-    resident = psutil.Process().memory_info().rss
-    if device.type == "cuda":
-        return seconds, max(peaks) + of_streams, resident, notes
-    return seconds, None, resident + max(max(peaks[:-1], default=0), peaks[-1] + of_streams), notes
+    peak, resident = max(of_writing, of_fits + of_streams), psutil.Process().memory_info().rss
+    return (seconds, peak, resident, notes) if device.type == "cuda" else (seconds, None, resident + peak, notes)
 
 
 def _split(outlined: Outline, grid_of: Callable[[str], Grid], count: int) -> str | None:
@@ -226,22 +221,22 @@ def _split_layer(slot: Slot, grid: Grid, count: int) -> str | None:
     return f"{slot.module} would have {inputs:g} inputs on each of {count}, no whole groups of {grid.group_size}"
 
 
-def _unmet(recipe: Recipe, device: str, disk: int, device_memory: int | None, ram: int, place: Path) -> list[str]:
+def _unmet(
+    recipe: Recipe, device: str, disk: int, device_memory: int | None, ram: int, place: Path
+) -> list[tuple[str, str]]:
     """Why the run does not fit on this machine, with what would help."""
     unmet = []
     there = next(parent for parent in [place, *place.parents] if parent.exists())
-    room = psutil.disk_usage(str(there)).free
-    if disk > room:
-        unmet.append(
-            f"{disk / GIB:.1f} GiB of disk are needed at {there}, {room / GIB:.1f} are free: choose another OUT"
-        )
+    room, total = psutil.disk_usage(str(there)).free, psutil.virtual_memory().total
     less = "fewer --rows, shorter --row-tokens, or a smaller --batch"
     less += ", or fewer --final-blocks" if recipe.final_blocks != 1 else ""
+    if disk > room:
+        why = f"{disk / GIB:.1f} GiB of disk are needed at {there}, {room / GIB:.1f} are free"
+        unmet.append((why, "choose another OUT"))
     if device_memory is not None and device_memory > (free := free_memory(torch.device(device))):
-        unmet.append(f"{device_memory / GIB:.1f} GiB of the GPU are needed, {free / GIB:.1f} are free: {less}")
-    total = psutil.virtual_memory().total
+        unmet.append((f"{device_memory / GIB:.1f} GiB of the GPU are needed, {free / GIB:.1f} are free", less))
     if ram > total:
-        unmet.append(f"{ram / GIB:.1f} GiB of RAM are needed, there are {total / GIB:.1f}: {less}")
+        unmet.append((f"{ram / GIB:.1f} GiB of RAM are needed, there are {total / GIB:.1f}", less))
     return unmet
 
 
@@ -251,5 +246,4 @@ def refuse_unmet(found: Plan) -> None:
     Errors: RecipeError, naming what would help.
     """
     if found.unmet:
-        why, _, remedy = found.unmet[0].rpartition(": ")
-        raise RecipeError("the run does not fit on this machine", why, remedy)
+        raise RecipeError("the run does not fit on this machine", *found.unmet[0])
