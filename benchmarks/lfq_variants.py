@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import own_text
 import problems
 import torch
 from measuring import Measuring, as_rows, cot_tests, kl_line
@@ -87,7 +88,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=[FULL, *VARIANTS])
     parser.add_argument("--calibration", default="both", choices=KINDS)
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--text", type=Path, nargs="+", help="files of rows instead")
+    parser.add_argument("--rows", type=int, default=512, help="of --calibration")
     parser.add_argument("--problems", type=int, default=0, help="of each of the five tasks, answered greedily")
     parser.add_argument("--harder", type=int, default=0, help="of each length, longer than the model was made for")
     parser.add_argument("--jobs", type=int, default=1)
@@ -99,6 +101,8 @@ def main() -> None:
     )
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.text:
+        given.calibration = "own text"
     if given.only:
         work(given)
         return
@@ -112,8 +116,12 @@ def work(given: argparse.Namespace) -> None:
 
     source = open_source(given.model)
     tokenizer = source.tokenizer()
-    read = given.calibration in ("both", "solutions", "chat")
-    train = as_rows(cot_rows(tokenizer, given.rows, 1, kind=given.calibration)) if read else None
+    train = None
+    if given.text:
+        train = own_text.read(given.text)
+        given.rows = len(train)
+    elif given.calibration in ("both", "solutions", "chat"):
+        train = as_rows(cot_rows(tokenizer, given.rows, 1, kind=given.calibration))
     skeleton = Skeleton(source, torch.device(given.device), torch.float32)
     measuring = Measuring(skeleton, source, cot_tests(tokenizer))
     (grid,), (seed,) = given.grids, given.seeds

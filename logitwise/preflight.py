@@ -41,8 +41,8 @@ OF_THE_POLISH = ("polish_steps", "polish_batch", "polish_learning", "polish_rows
 
 
 @dataclass(frozen=True)
-class Job:
-    """A model that can be quantized as asked.
+class Outline:
+    """What is known of a job before a weight is read.
 
     Args:
         source: the model as it came.
@@ -50,32 +50,9 @@ class Job:
         format: what is written.
         model: what it says of the model.
         kept: slots that stay in full precision.
-        slots: every other one.
-        fates: what becomes of each tensor of the input.
+        every: those, and all that are quantized.
         choices: what was chosen automatically.
-        digest: of the weights.
-        replay_difference: between the model's own logits and those computed block by block.
-        folds: what rewrites may use.
-        left_alone: folds that they may not use, since a matrix of theirs stays in full precision.
     """
-
-    source: Source
-    skeleton: Skeleton
-    format: Format
-    model: Described
-    kept: Callable[[Slot], bool]
-    slots: list[Slot]
-    fates: list[Fate]
-    choices: dict[str, Choice]
-    digest: str
-    replay_difference: float
-    folds: list[Fold]
-    left_alone: list[Fold]
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What is known of a job before a weight is read; names as those of `Job`."""
 
     source: Source
     skeleton: Skeleton
@@ -89,6 +66,25 @@ class Outline:
     def slots(self) -> list[Slot]:
         """Those that are quantized."""
         return [slot for slot in self.every if not self.kept(slot)]
+
+
+@dataclass(frozen=True)
+class Job(Outline):
+    """A model that can be quantized as asked.
+
+    Args:
+        fates: what becomes of each tensor of the input.
+        digest: of the weights.
+        replay_difference: between the model's own logits and those computed block by block.
+        folds: what rewrites may use.
+        left_alone: folds that they may not use, since a matrix of theirs stays in full precision.
+    """
+
+    fates: list[Fate]
+    digest: str
+    replay_difference: float
+    folds: list[Fold]
+    left_alone: list[Fold]
 
 
 def check(
@@ -115,18 +111,12 @@ def check(
     folds, left_alone = _folds(recipe, skeleton, kept, watcher) if recipe.rewrites else ([], [])
     fates = audit(source, outlined.every, kept)
     return Job(
-        source,
-        skeleton,
-        outlined.format,
-        outlined.model,
-        kept,
-        outlined.slots,
-        fates,
-        outlined.choices,
-        digest,
-        difference,
-        folds,
-        left_alone,
+        **vars(outlined),
+        fates=fates,
+        digest=digest,
+        replay_difference=difference,
+        folds=folds,
+        left_alone=left_alone,
     )
 
 
