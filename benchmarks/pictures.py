@@ -38,6 +38,7 @@ METHODS = {
     "lrq": "LRQ",
     "block_ap": "Block-AP",
     "lwc": "OmniQuant's\nclipping",
+    "gsq": "GSQ, symmetric",
 }
 GRIDS = {"w2g64": "W2 g64", "w3ch": "W3 per channel", "w4ch": "W4 per channel"}
 PLAIN, POLISHED, INK = "#9aa5b1", "#1f77b4", "#30363d"
@@ -118,13 +119,14 @@ def is_value(name: str, key: str) -> bool:
 
 def methods(results: list[dict], out: Path) -> None:
     """KL against the steps of a block, for each method by MSE (dotted) and by LFQ; means over seeds."""
+    every_step = sorted({steps_of(row) for row in results})
     figure, every = plt.subplots(1, len(GRIDS), figsize=(11, 3.2))
     for axes, (grid, title) in zip(every, GRIDS.items(), strict=True):
         for index, (method, name) in enumerate(METHODS.items()):
             for fit, line in (("mse", ":"), ("lfq from mse", "-")):
                 kl: dict[int, list[float]] = defaultdict(list)
                 for row in results:
-                    if (row["grid"], row["variant"]) == (grid, f"method={method}: {fit}"):
+                    if (row["grid"], method_of(row), row["variant"].partition(": ")[2]) == (grid, method, fit):
                         kl[steps_of(row)].append(row["figures"]["development"]["kl"]["mean"])
                 means = [float(np.mean(kl[steps])) for steps in sorted(kl)]
                 axes.plot(
@@ -132,7 +134,7 @@ def methods(results: list[dict], out: Path) -> None:
                 )
         axes.set(xscale="log", yscale="log", title=title)
         axes.set_xlabel("steps a block", fontsize=9)
-        axes.set_xticks(sorted(kl), map(str, sorted(kl)))
+        axes.set_xticks(every_step, [f"{steps:,}" for steps in every_step])
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
@@ -143,10 +145,22 @@ def methods(results: list[dict], out: Path) -> None:
     save(figure, out)
 
 
+def settings_of(row: dict) -> dict[str, str]:
+    """What was asked for beside the variant."""
+    return dict(each.split("=", 1) for each in row["settings"])
+
+
 def steps_of(row: dict) -> int:
     """Steps of a block's fit: 300, where the settings do not say otherwise."""
-    settings = dict(each.split("=", 1) for each in row["settings"])
-    return int(settings.get("steps", 300))
+    return int(settings_of(row).get("steps", 300))
+
+
+def method_of(row: dict) -> str | None:
+    """By which method a row of the methods' table is, with the rates of that table; none where the rates are others."""
+    each = row["variant"].partition(": ")[0]
+    if each.startswith("method="):
+        return each.removeprefix("method=")
+    return "gsq" if settings_of(row).get("method") == "gsq" else None
 
 
 def path(out: Path) -> None:
