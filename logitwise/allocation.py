@@ -37,7 +37,9 @@ def with_bits(
     texts = dict(rows=_few(data).digest(), held_out=data.held_out.digest())
     key = chain(root, symmetric=recipe.grid.symmetric, format=job.format.name, **asked, **texts)
     if not folder.has(key):
-        folder.save(key, {}, _measured(job, recipe, data, watcher))
+        with folder.ranks.first_alone() as mine:
+            if mine:
+                folder.save(key, {}, _measured(job, recipe, data, watcher))
     found = folder.record(key)
     counts = Counter(found["bits"].values())
     shares = ", ".join(f"{counts[bits]} layers at {bits} bits" for bits in sorted(counts))

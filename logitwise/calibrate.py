@@ -73,25 +73,32 @@ def _calibrate(skeleton: Skeleton, recipe: Recipe, folder: RunFolder, root: str,
     asked = recipe.model_dump(include={"calibration", "row_tokens", "seed", "temperature"})
     key = chain(root, most=most, held_out=recipe.held_out_rows, **asked)
     if not folder.has(key):
-        own = writes(recipe.calibration)
-        title = "Writing calibration text" if own else "Reading calibration text"
-        began = time.monotonic()
-        with watcher.stage(title, (most + recipe.held_out_rows) * recipe.row_tokens) as stage:
-            made = prepare(
-                recipe.calibration,
-                skeleton.source.tokenizer(),
-                lambda: load_whole(skeleton.source, skeleton.device, skeleton.dtype),
-                rows=most,
-                held_out=recipe.held_out_rows,
-                row_tokens=recipe.row_tokens,
-                seed=recipe.seed,
-                temperature=recipe.temperature,
-                progress=lambda done, total: stage.reach(done),
-            )
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        counts = {**made.counts, "seconds": round(time.monotonic() - began), "first": made.first_row_text}
-        folder.save_rows(key, made.rows, made.held_out, counts)
-        folder.note("first_row.txt", made.first_row_text)
+        with folder.ranks.first_alone() as mine:
+            if mine:
+                _make_rows(skeleton, recipe, most, key, folder, watcher)
     return RunRows(*folder.load_rows(key), folder.record(key))
+
+
+def _make_rows(skeleton: Skeleton, recipe: Recipe, most: int, key: str, folder: RunFolder, watcher: Watcher) -> None:
+    """Reads or writes the text, into the run folder."""
+    own = writes(recipe.calibration)
+    title = "Writing calibration text" if own else "Reading calibration text"
+    began = time.monotonic()
+    with watcher.stage(title, (most + recipe.held_out_rows) * recipe.row_tokens) as stage:
+        made = prepare(
+            recipe.calibration,
+            skeleton.source.tokenizer(),
+            lambda: load_whole(skeleton.source, skeleton.device, skeleton.dtype),
+            rows=most,
+            held_out=recipe.held_out_rows,
+            row_tokens=recipe.row_tokens,
+            seed=recipe.seed,
+            temperature=recipe.temperature,
+            progress=lambda done, total: stage.reach(done),
+        )
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    counts = {**made.counts, "seconds": round(time.monotonic() - began), "first": made.first_row_text}
+    folder.save_rows(key, made.rows, made.held_out, counts)
+    folder.note("first_row.txt", made.first_row_text)

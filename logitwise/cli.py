@@ -1,6 +1,7 @@
 """The command line: one function a command, each a call of one public function."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import Signature, signature
@@ -11,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from logitwise.errors import LogitwiseError, MachineError, RecipeError, UnmetError
+from logitwise.errors import InputError, LogitwiseError, MachineError, RecipeError, UnmetError
+from logitwise.launch import rank, started
 
 app = typer.Typer(
     add_completion=False,
@@ -22,9 +24,20 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 
+PAUSE = 2.0
+"""Seconds before another process than the first says what it refuses: torchrun ends it, where the first has said so."""
+
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no remarks.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also what each step came to.")]
 Log = Annotated[Path | None, typer.Option("--log", help="Also write progress and remarks to this file.")]
+
+
+@app.callback()
+def _alone(context: typer.Context) -> None:
+    if started() > 1 and context.invoked_subcommand != "quantize":
+        raise RecipeError(
+            f"{context.invoked_subcommand} runs in one process", f"there are {started()}", "start it without torchrun"
+        )
 
 
 @app.command()
@@ -114,7 +127,8 @@ def quantize(
             verify=not no_verify,
             watcher=watcher,
         )
-        show_result(Console(), result)
+        if rank() == 0:
+            show_result(Console(), result)
         if strict and result.unmet:
             raise UnmetError(result.unmet[0], "--strict was given", f"the checkpoint is at {out} all the same")
 
@@ -383,10 +397,13 @@ def _watching(quiet: bool, verbose: bool, log: Path | None) -> Iterator[Any]:
 def main() -> None:
     """The command `logitwise`: exit codes 0 done, 1 the machine failed, 2 refused, 3 not met, 130 interrupted."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    name = "logitwise" if rank() == 0 else f"logitwise, process {rank()} counted from 0"
     try:
         code = app(standalone_mode=False) or 0
     except LogitwiseError as error:
-        console.print(f"[bold red]logitwise:[/] {escape(str(error))}")
+        if rank() and isinstance(error, InputError):
+            time.sleep(PAUSE)
+        console.print(f"[bold red]{name}:[/] {escape(str(error))}")
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED

@@ -16,6 +16,7 @@ from logitwise.grid import Grid, Quantized
 from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.objectives import Objective, Taps
 from logitwise.quantizers import Quantizer, Start
+from logitwise.ranks import ALONE, Ranks
 from logitwise.skeleton import Call, Head, Skeleton, Slot
 from logitwise.watch import Stage
 
@@ -68,15 +69,17 @@ class Window:
         return made
 
     @torch.no_grad()
-    def moments(self, hidden: Float[Tensor, "rows tokens d"], batch: int) -> dict[Slot, Float[Tensor, "inputs inputs"]]:
-        """The mean of x x^T over what each slot reads where `hidden` enters the window, in float32.
+    def moments(
+        self, hidden: Float[Tensor, "rows tokens d"], batch: int, ranks: Ranks = ALONE
+    ) -> dict[Slot, Float[Tensor, "inputs inputs"]]:
+        """The mean of x x^T over what each slot reads where `hidden`, of all ranks, enters the window, in float32.
 
         Slots that read the same have one tensor together.
 
         Errors: MachineError, naming the layer, where it reads what is no finite number.
         """
         found: dict[Slot, Tensor] = {}
-        tokens = hidden.shape[0] * hidden.shape[1]
+        (tokens,) = ranks.total(hidden.shape[0] * hidden.shape[1])
         for start in range(0, hidden.shape[0], batch):
             entering = hidden[start : start + batch]
             for block in self.blocks:
@@ -92,6 +95,7 @@ class Window:
                             of_input[id(read)] = found[slot].add_(added) if slot in found else added
                         found[slot] = of_input[id(read)]
                 entering = leaving
+        ranks.add({id(total): total for total in found.values()}.values())
         for slot, total in found.items():
             if not bool(torch.isfinite(total).all()):
                 raise MachineError(
@@ -163,6 +167,8 @@ class Window:
 class Data:
     """What a window is fitted on: the student's inputs, the teacher's outputs, and which rows choose.
 
+    Where ranks share the rows, those of this one.
+
     Args:
         inputs: what the student's window reads, [rows, tokens, d].
         targets: what the teacher's window puts out, [rows, tokens, d].
@@ -170,6 +176,7 @@ class Data:
         following: the token after each position, [rows, tokens].
         train: the first rows, which are learned from.
         held_out: the last rows, which choose the iterate.
+        ranks: who has the other rows.
     """
 
     inputs: Float[Tensor, "rows tokens d"]
@@ -178,6 +185,7 @@ class Data:
     following: Int64[Tensor, "rows tokens"]
     train: int
     held_out: int
+    ranks: Ranks = ALONE
 
     def taps(self, rows: Tensor | slice, student: Float[Tensor, "rows tokens d"], head: Head | None) -> Taps:
         """What an objective sees of some rows."""
@@ -187,7 +195,7 @@ class Data:
 def batches_of(data: Data, schedule: Schedule, fresh: Iterator[Data] | None) -> Iterator[tuple[Data, Tensor | slice]]:
     """For each step, of which data which rows: those there are again and again, or once and then fresh ones."""
     if fresh is None:
-        for rows in row_order(data.train, schedule.batch, schedule.seed):
+        for rows in row_order(data.train, schedule.batch, schedule.seed + data.ranks.rank):
             yield data, rows.to(data.inputs.device)
     else:
         for part in chain([data], fresh):
@@ -232,14 +240,16 @@ def fit(
         return Fitted({}, Course([], [], 0, None), 0)
     forward, batches = window.learn(quantizers), batches_of(data, schedule, fresh)
     tokens = torch.zeros((), dtype=torch.int64, device=data.inputs.device)
+    parameters = [(role, p) for q in quantizers.values() for role, own in q.groups().items() for p in own]
+    data.ranks.same(tensor for q in quantizers.values() for tensor in q.state_dict().values())
 
     def learn(step: int) -> Tensor:
         part, rows = next(batches)
         tokens.add_((part.weights[rows] > 0).sum())
         student = forward(part.inputs[rows], step / schedule.steps)
-        loss = objective.loss(part.taps(rows, student, head))
+        loss = objective.shared(part.taps(rows, student, head), data.ranks)
         loss.backward()
-        return loss
+        return data.ranks.gathered(loss, [parameter for _, parameter in parameters])
 
     @torch.no_grad()
     def measure_held_out() -> float:
@@ -250,7 +260,7 @@ def fit(
             quantizer.after_step()
 
     course = descend(
-        [(role, p) for q in quantizers.values() for role, own in q.groups().items() for p in own],
+        parameters,
         learn,
         measure_held_out if data.held_out else None,
         lambda: _refuse_not_a_number(quantizers),
@@ -259,7 +269,11 @@ def fit(
         units,
         after_step,
     )
-    return Fitted({slot: quantizer.freeze() for slot, quantizer in quantizers.items()}, course, int(tokens))
+    return Fitted(
+        {slot: quantizer.freeze() for slot, quantizer in quantizers.items()},
+        course,
+        int(*data.ranks.total(int(tokens))),
+    )
 
 
 def weights_of(quantizers: Mapping[Slot, Quantizer], progress: float) -> dict[Slot, Tensor]:
@@ -289,6 +303,7 @@ def measure(
         student = window.forward(data.inputs[part], weights)
         added, counted = objective.measure(data.taps(part, student, head))
         total, count = total + added, count + counted
+    total, count = data.ranks.total(total, count)
     return total / count
 
 

@@ -20,8 +20,9 @@ from logitwise.fit import Window
 from logitwise.grid import Quantized
 from logitwise.machine import repeatable, versions
 from logitwise.polish import POLISHED, Polish, Polished
-from logitwise.preflight import Job, check
+from logitwise.preflight import Job, check, check_shared
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
+from logitwise.ranks import Ranks, joined
 from logitwise.recipe import Choice, Recipe
 from logitwise.rewrites import READ_INPUTS
 from logitwise.rewriting import rewritten_job
@@ -30,7 +31,7 @@ from logitwise.skeleton import Slot, load_whole
 from logitwise.stream import Walk
 from logitwise.watch import SILENT, Watcher
 from logitwise.windows import NUMERICS, Step, made_by_mse, plan_steps
-from logitwise.writing import write
+from logitwise.writing import read_report, write
 
 ROWS_AT_A_TIME = 8
 """Steps whose fresh rows are written together: a model writes many answers at once in little more time."""
@@ -101,15 +102,17 @@ def quantize(
         split(rows, recipe)
     if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
         watcher.say(f"{recipe.method} reads no text: --calibration is not used")
-    with repeatable(), ExitStack() as running:
+    with repeatable(), joined() as ranks, ExitStack() as running:
+        watcher = watcher if ranks.first else SILENT
         writes_more = recipe.fresh_last or recipe.polish_fresh
+        check_shared(recipe, ranks.world)
         job = check(model, out, recipe, overwrite, reads and (rows is None or writes_more), revision, watcher)
         for name, choice in job.choices.items():
             watcher.say(f"{name.replace('_', ' ')}: {choice.value} ({choice.why})")
         if dropped := [fate.tensor for fate in job.fates if fate.fate == "dropped"]:
             names = ", ".join(dropped[:3]) + (", ..." if len(dropped) > 3 else "")
             watcher.say(f"left out, since the model has no place for them: {len(dropped)} tensors ({names})")
-        folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"), watcher)
+        folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"), watcher, ranks)
         running.enter_context(folder.alone())
         if fresh:
             folder.empty()
@@ -151,7 +154,10 @@ def quantize(
             "versions": versions(),
             "seconds": round(time.monotonic() - began, 1),
         }
-        report = write(job, out, recipe.grid_of, codes, polished, report, overwrite, verify, watcher)
+        with ranks.first_alone() as mine:
+            if mine:
+                report = write(job, out, recipe.grid_of, codes, polished, report, overwrite, verify, watcher)
+        report = report if mine else read_report(out) or report
         if not keep_run:
             folder.remove()
         return Result(out, recipe, job.choices, made_by[-1].objective, held_out_kl, unmet, report)
@@ -160,15 +166,17 @@ def quantize(
 def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, watcher: Watcher) -> list[Step]:
     """Every window fitted and in the run folder."""
     most = min(recipe.most_rows, len(data.train))
-    both = Rows.join([data.train[:most], data.held_out])
+    ranks = folder.ranks
+    both = Rows.join([data.train[:most][ranks.share(most)], data.held_out[ranks.share(len(data.held_out))]])
 
     @cache
     def digest(count: int) -> str:
         return chain(data.train[:count].digest(), held_out=data.held_out.digest())
 
     steps = plan_steps(recipe, len(job.skeleton), root, digest, most)
-    fresh = _fresh(job, recipe, recipe.batch_last or recipe.batch) if recipe.fresh_last else None
-    Walk(job.skeleton, recipe, both, len(data.held_out), folder, job.kept, fresh).run(steps, watcher)
+    fresh = _fresh(job, recipe, recipe.batch_last or recipe.batch, ranks) if recipe.fresh_last else None
+    held_out = ranks.count(len(data.held_out))
+    Walk(job.skeleton, recipe, both, held_out, folder, job.kept, fresh, ranks).run(steps, watcher)
     if recipe.fresh_last:
         record = folder.record(steps[-1].key)
         _say_flat(
@@ -204,7 +212,8 @@ def _polish(
     """All scales tuned together, from the run folder or now; None where that is not asked for."""
     if not recipe.polish:
         return None
-    rows = Rows.join([data.train[: recipe.polish_rows], data.held_out])
+    ranks, train = folder.ranks, data.train[: recipe.polish_rows]
+    rows = Rows.join([train, data.held_out])
     learning = {role: vars(recipe.polish_learning_of(role)) for role in POLISHED}
     asked = recipe.model_dump(include={"polish_steps", "polish_batch", "batch", "checks", "seed", "polish_fresh"})
     if recipe.polish_fresh:
@@ -212,9 +221,10 @@ def _polish(
     key = chain("polish", made_by=made_by, rows=rows.digest(), held_out=len(data.held_out), learning=learning, **asked)
     if not folder.has(key):
         with watcher.stage("Polishing all scales", recipe.polish_steps) as stage:
-            polish = Polish(job.skeleton, recipe, rows, len(data.held_out), codes, job.kept)
+            own = [part[ranks.share(len(part))] for part in (train, data.held_out)]
+            polish = Polish(job.skeleton, recipe, Rows.join(own), len(own[1]), codes, job.kept, ranks=ranks)
             batch = recipe.polish_batch or recipe.batch
-            fresh = _fresh(job, recipe, batch, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
+            fresh = _fresh(job, recipe, batch, ranks, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
             folder.save_polished(key, polish.run(stage, fresh, folder.halfway(key)))
         del polish, fresh
         gc.collect()  # recorded blocks hold themselves in cycles
@@ -230,12 +240,13 @@ def _say_flat(watcher: Watcher, what: str, flat: int | None, steps: int, tokens:
     watcher.say(f"{what}: {curve}; {tokens:,} tokens were learned from")
 
 
-def _fresh(job: Job, recipe: Recipe, batch: int, after: int = 0) -> Iterator[Rows]:
+def _fresh(job: Job, recipe: Recipe, batch: int, ranks: Ranks, after: int = 0) -> Iterator[Rows]:
     """Calibration rows without end, those after so many parts; the whole model is loaded once, and let go with them."""
     loader = cache(lambda: load_whole(job.source, job.skeleton.device, job.skeleton.dtype))
     asked = recipe.model_dump(include={"row_tokens", "seed", "temperature"})
-    tokenizer, rows = job.source.tokenizer(), ROWS_AT_A_TIME * batch
-    return fresh_rows(recipe.calibration, tokenizer, loader, rows=rows, after=after, **asked)
+    tokenizer, rows = job.source.tokenizer(), ROWS_AT_A_TIME * ranks.count(batch)
+    parts = {"after": after + ranks.rank, "every": ranks.world}
+    return fresh_rows(recipe.calibration, tokenizer, loader, rows=rows, **parts, **asked)
 
 
 def _verdict(

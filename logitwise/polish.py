@@ -22,6 +22,7 @@ from logitwise.grid import Quantized, merge, split, store_through
 from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.memory import free_memory
 from logitwise.objectives.soft import compare, soft_cross_entropy
+from logitwise.ranks import ALONE, Ranks
 from logitwise.recipe import Recipe
 from logitwise.skeleton import Call, Skeleton, Slot
 from logitwise.watch import Stage
@@ -86,6 +87,7 @@ class Polish:
         quantized: what is stored for a slot.
         kept: slots that stay in full precision.
         teacher: the full-precision model, where it is another than the one whose vectors are learned.
+        ranks: who has other rows.
     """
 
     def __init__(
@@ -97,8 +99,9 @@ class Polish:
         quantized: Callable[[Slot], Quantized],
         kept: Callable[[Slot], bool],
         teacher: Skeleton | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.skeleton, self.recipe, self.held_out, self.rows = skeleton, recipe, held_out, rows
+        self.skeleton, self.recipe, self.held_out, self.rows, self.ranks = skeleton, recipe, held_out, rows, ranks
         self.quantized, self.kept, self.teacher = quantized, kept, teacher or skeleton
         self.stored = skeleton.source.dtype
         self.resident = self._fits()
@@ -191,7 +194,7 @@ class Polish:
         data = self._pass(self.rows, calls, self.held_out)
         schedule = Schedule(
             steps=recipe.polish_steps,
-            batch=recipe.polish_batch or recipe.batch,
+            batch=self.ranks.count(recipe.polish_batch or recipe.batch),
             checks=recipe.checks,
             learning=recipe.polish_learning_of,
             seed=recipe.seed,
@@ -220,7 +223,8 @@ class Polish:
             halfway=halfway,
             skip=skip,
         )
-        return Polished(*self._outcome(), course.losses, course.held_out, course.kept, int(tokens), course.flat)
+        (learned,) = map(int, self.ranks.total(int(tokens)))
+        return Polished(*self._outcome(), course.losses, course.held_out, course.kept, learned, course.flat)
 
     @torch.no_grad()
     def _pass(self, rows: Rows, calls: list[Call], held_out: int = 0) -> Data:
@@ -231,7 +235,7 @@ class Polish:
         for block, call in enumerate(calls):
             self.teacher.advance(block, self.teacher.load_block(block), hidden, call, at_once)
         weights, following = rows.weights.to(device), rows.following.to(device)
-        return Data(inputs, hidden, weights, following, len(rows) - held_out, held_out)
+        return Data(inputs, hidden, weights, following, len(rows) - held_out, held_out, self.ranks)
 
     def _learn(self, data: Data, rows: Tensor | slice, learnable: LearnableBlocks) -> Tensor:
         """The loss of some rows; its gradient is left in the parameters."""
@@ -240,8 +244,9 @@ class Polish:
         with torch.no_grad():
             target = self.teacher_head.hidden(data.targets[rows][counted])
         loss = soft_cross_entropy(self._normed(top[counted]), target, weights[counted], self.head).cross_entropy
+        loss = loss * self.ranks.part(weights.sum())
         loss.backward()
-        return loss
+        return self.ranks.gathered(loss, [parameter for _, parameter in self._parameters()])
 
     def _learnable(self, calls: list[Call]) -> LearnableBlocks:
         def block_of(block: int, call: Call) -> LearnableBlock:
@@ -266,7 +271,8 @@ class Polish:
         student, target = self._normed(hidden[counted]), self.teacher_head.hidden(data.targets[held][counted])
         found = compare(student, self.head, target, self.teacher_head, unused)
         shares = weights[counted].double().cpu()
-        return float((found.kl * shares).sum() / shares.sum())
+        total, count = self.ranks.total(float((found.kl * shares).sum()), float(shares.sum()))
+        return total / count
 
     @torch.no_grad()
     def _outcome(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

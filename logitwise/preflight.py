@@ -120,6 +120,30 @@ def check(
     )
 
 
+def check_shared(recipe: Recipe, processes: int) -> None:
+    """Refuses what so many processes cannot share.
+
+    Errors: RecipeError.
+    """
+    if processes > 1 and ":" in recipe.device:
+        raise RecipeError(
+            f"--device {recipe.device} is one device",
+            f"there are {processes} processes, each with its own",
+            "choose --device cuda, or cpu",
+        )
+    counts = {"rows": recipe.rows, "held_out": recipe.held_out, "batch": recipe.batch}
+    counts |= recipe.model_dump(include={"rows_last", "batch_last", "polish_rows", "polish_batch"})
+    for index, window in enumerate(recipe.windows):
+        counts |= {f"windows.{index}.rows": window.rows, f"windows.{index}.batch": window.batch}
+    for key, count in counts.items():
+        if count and count < processes:
+            raise RecipeError(
+                f"{key} = {count} cannot be shared by {processes} processes",
+                "each has at least one of the rows",
+                f"choose a larger {key}, or fewer processes",
+            )
+
+
 def outline(model: str | Path, recipe: Recipe, reads_text: bool, revision: str | None) -> Outline:
     """What can be said of a job, or refused, before a weight is read.
 

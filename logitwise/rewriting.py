@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from logitwise.calibrate import RunRows
+from logitwise.calibration.rows import Rows
 from logitwise.preflight import Job
 from logitwise.recipe import Recipe
 from logitwise.rewrites import READ_INPUTS, prove_same, rewrite
@@ -30,18 +31,23 @@ def rewritten_job(
     if folder.has(key):
         watcher.say("the model was rewritten before")
     else:
-        with watcher.stage("Rewriting blocks", len(job.skeleton)) as stage:
-            changes, folds = rewrite(job.skeleton, job.folds, recipe, None if rows is None else rows.ids, stage)
-        difference = prove_same(job.source, Rewritten(job.source, changes), job.skeleton.device)
-        left_alone = [f"block {fold.block}: {fold.producer}" for fold in job.left_alone]
-        found = {"logit_difference": difference, "folds": folds, "left_alone": left_alone}
-        folder.save_changes(key, changes, found)
+        with folder.ranks.first_alone() as mine:
+            if mine:
+                _rewrite(job, recipe, rows, key, folder, watcher)
     record = folder.record(key)
     _say_rewritten(watcher, recipe, record)
     changes = folder.load_changes(key)
     skeleton = Skeleton(Rewritten(job.source, changes), job.skeleton.device, job.skeleton.dtype)
     fates = [replace(f, why=f"{f.why}; rewritten") if f.tensor in changes.vectors else f for f in job.fates]
     return replace(job, skeleton=skeleton, fates=fates), key, record
+
+
+def _rewrite(job: Job, recipe: Recipe, rows: Rows | None, key: str, folder: RunFolder, watcher: Watcher) -> None:
+    with watcher.stage("Rewriting blocks", len(job.skeleton)) as stage:
+        changes, folds = rewrite(job.skeleton, job.folds, recipe, None if rows is None else rows.ids, stage)
+    difference = prove_same(job.source, Rewritten(job.source, changes), job.skeleton.device)
+    left_alone = [f"block {fold.block}: {fold.producer}" for fold in job.left_alone]
+    folder.save_changes(key, changes, {"logit_difference": difference, "folds": folds, "left_alone": left_alone})
 
 
 def _say_rewritten(watcher: Watcher, recipe: Recipe, record: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from logitwise.descent import Halfway
 from logitwise.errors import MachineError, OutputError
 from logitwise.grid import Grid, Quantized
 from logitwise.polish import Polished
+from logitwise.ranks import ALONE, Ranks
 from logitwise.source.rewritten import Changes
 from logitwise.watch import SILENT, Watcher
 
@@ -45,17 +46,23 @@ def chain(previous: str, **settings: Any) -> str:
 class RunFolder:
     """Finished parts of a run, by key.
 
+    Where ranks share a run the first alone writes, and all go by what it finds: they ask and save together.
+
     Args:
         path: the folder, made when something is first saved.
         watcher: hears of what is damaged.
+        ranks: who uses it.
     """
 
-    def __init__(self, path: Path, watcher: Watcher = SILENT) -> None:
-        self.path, self.watcher = path, watcher
+    def __init__(self, path: Path, watcher: Watcher = SILENT, ranks: Ranks = ALONE) -> None:
+        self.path, self.watcher, self.ranks = path, watcher, ranks
         self._whole: set[str] = set()
 
     def has(self, key: str) -> bool:
         """Whether the part is finished, and what is stored of it is what was written; if not, that is said."""
+        return self.ranks.agree(self.ranks.first and self._has(key))
+
+    def _has(self, key: str) -> bool:
         if key not in self._whole and (self.path / f"{key}.json").is_file():
             try:
                 whole = self._stored(key)["sha256"] == self._digest(key, self.record(key))
@@ -174,6 +181,8 @@ class RunFolder:
 
     def note(self, name: str, text: str) -> None:
         """A file for people."""
+        if not self.ranks.first:
+            return
         self._make()
         try:
             (self.path / name).write_text(text, encoding="utf-8")
@@ -184,8 +193,21 @@ class RunFolder:
     def alone(self) -> Iterator[None]:
         """Keeps other runs out of the folder; a process that dies lets them in.
 
-        Errors: OutputError where another run is at work in it.
+        Errors: OutputError where another run is at work in it; MachineError where a rank does not see it.
         """
+        with self._locked() if self.ranks.first else nullcontext():
+            self.ranks.wait()
+            (seen,) = self.ranks.total((self.path / LOCK).is_file())
+            if seen < self.ranks.world:
+                raise MachineError(
+                    f"the run folder {self.path} is not seen by all processes",
+                    f"{self.ranks.world - int(seen)} of {self.ranks.world} do not have what the first writes there",
+                    "choose an OUT, or a run folder, on a file system that all machines share",
+                )
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         self._make()
         lock = FileLock(self.path / LOCK, timeout=0)
         try:
@@ -206,14 +228,16 @@ class RunFolder:
     def empty(self) -> None:
         """Removes everything that is finished."""
         self._whole.clear()
-        for file in self.path.glob("*"):
-            if file.name != LOCK:
-                file.unlink()
+        with self.ranks.first_alone() as mine:
+            for file in self.path.glob("*") if mine else ():
+                if file.name != LOCK:
+                    file.unlink()
 
     def remove(self) -> None:
         """The folder and everything in it."""
         self._whole.clear()
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.ranks.first:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def _make(self) -> None:
         try:
@@ -236,6 +260,11 @@ class RunFolder:
 
     def _write(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Both files of a part, each whole or not there, whatever happens to process or machine; the JSON is last."""
+        if self.ranks.first:
+            self._write_files(key, tensors, record)
+        self.ranks.wait()
+
+    def _write_files(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         self._make()
         partial = self.path / f"{key}.partial"
         try:

@@ -25,6 +25,7 @@ from logitwise.grid import Quantized
 from logitwise.objectives import OBJECTIVES
 from logitwise.objectives.mse import MeanSquaredError
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS, InformedStart, Quantizer, Start
+from logitwise.ranks import ALONE, Ranks
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder
 from logitwise.skeleton import Call, Head, Skeleton, Slot
@@ -43,6 +44,7 @@ class Walk:
         folder: where finished windows are.
         kept: slots that stay in full precision.
         fresh: new rows without end for the final blocks; None where none are asked for.
+        ranks: who has other rows.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class Walk:
         folder: RunFolder,
         kept: Callable[[Slot], bool],
         fresh: Iterator[Rows] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.skeleton, self.recipe, self.rows, self.held_out = skeleton, recipe, rows, held_out
-        self.folder, self.kept, self.fresh = folder, kept, fresh
+        self.folder, self.kept, self.fresh, self.ranks = folder, kept, fresh, ranks
         self.at_once = skeleton.rows_at_once(recipe.batch, rows.ids.shape[1])
 
     def run(self, steps: list[Step], watcher: Watcher) -> None:
@@ -125,10 +128,12 @@ class Walk:
             targets = student.clone()
             window.advance(targets, {}, self.at_once)
         following = self.rows.following.to(device)
-        data = Data(student, targets, self.rows.weights.to(device), following, step.train, self.held_out)
+        weights, train = self.rows.weights.to(device), self.ranks.count(step.train)
+        data = Data(student, targets, weights, following, train, self.held_out, self.ranks)
         seed = int(hashlib.sha256(f"{recipe.seed} {step.blocks} {step.objective}".encode()).hexdigest()[:15], 16)
         how, choose = step.learning.__getitem__, recipe.choose_last if step.refit else "held_out"
-        schedule = Schedule(step.steps, step.batch, recipe.checks, how, seed, choose, fresh is not None)
+        batch = self.ranks.count(step.batch)
+        schedule = Schedule(step.steps, batch, recipe.checks, how, seed, choose, fresh is not None)
         quantizers = self._start(step, window, student)
         error = MeanSquaredError(recipe.left_out)
         objective = OBJECTIVES[step.objective](**recipe.objective_settings) if step.refit else error
@@ -150,9 +155,9 @@ class Walk:
             seconds=round(seconds, 3),
         )
         if head is not None and self.held_out:
-            weights = {slot: q.dequantize() for slot, q in quantized.items()}
+            final = {slot: q.dequantize() for slot, q in quantized.items()}
             against = replace(data, targets=teacher)
-            record["held_out_kl"] = measure(window, weights, OBJECTIVES["lfq"](), head, against, recipe.batch)
+            record["held_out_kl"] = measure(window, final, OBJECTIVES["lfq"](), head, against, recipe.batch)
         for part, of in zip(parts, early, strict=True):
             places = " and ".join(end or "its end" for end in part.ends)
             watcher.detail(_outcome(f"{step.title} at {places}", of, error.unit))
@@ -176,7 +181,7 @@ class Walk:
         new = [slot for slot in window.slots if sources[slot.block] is None]
         others: dict[Slot, Start] = {}
         if new and start in INFORMED:
-            moments = window.moments(student[: step.train], self.at_once)
+            moments = window.moments(student[: self.ranks.count(step.train)], self.at_once, self.ranks)
             others = {slot: _informed(INFORMED[start], moments[slot]) for slot in new}
         elif new:
             others = dict.fromkeys(new, STARTS[start])
@@ -220,7 +225,7 @@ class Walk:
                     codes = self.folder.load(before[block].key, recipe.grid_of(slot.module), slot.name).to(device)
                     weights[slot.key] = slot.put(codes.dequantize().to(self.skeleton.dtype))
                 self.skeleton.advance(block, weights, student, call, self.at_once)
-        return Data(student, teacher, rows.weights.to(device), rows.following.to(device), len(rows), 0)
+        return Data(student, teacher, rows.weights.to(device), rows.following.to(device), len(rows), 0, self.ranks)
 
     def _learned(self, steps: list[Step]) -> tuple[int, int]:
         """How often a matrix is learned from in all steps, and how often a weight; the same when a run is resumed."""

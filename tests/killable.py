@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -36,6 +37,7 @@ def start(
     last_change: int | None = None,
     fault: int | None = None,
     largest_file: int | None = None,
+    environment: dict[str, str] | None = None,
 ) -> ForkServerProcess:
     """Starts a command in a folder.
 
@@ -46,21 +48,43 @@ def start(
             is killed; never where None.
         fault: it is not killed, but from then on each of these but a removal fails with this error.
         largest_file: bytes; writing more into a file fails, as it does on a full disk, also outside Python.
+        environment: variables for the process.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killable"])
-    process = context.Process(target=_run, args=(place, words, last_change, fault, largest_file))
+    process = context.Process(target=_run, args=(place, words, last_change, fault, largest_file, environment or {}))
     process.start()
     return process
 
 
+def start_ranks(place: Path, words: tuple[str, ...], world: int) -> list[ForkServerProcess]:
+    """Starts a command as torchrun does, in so many processes; what each of them says is in HEARD and its rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    return [start(place, words, environment={**common, **rank}) for rank in ranks]
+
+
+def heard_by(rank: int) -> str:
+    """The file of what a process says."""
+    return f"{HEARD}.{rank}"
+
+
 def _run(
-    place: Path, words: tuple[str, ...], last_change: int | None, fault: int | None, largest_file: int | None
+    place: Path,
+    words: tuple[str, ...],
+    last_change: int | None,
+    fault: int | None,
+    largest_file: int | None,
+    environment: dict[str, str],
 ) -> None:
     os.chdir(place)
+    os.environ.update(environment)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    heard = os.open(HEARD, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    heard = os.open(heard_by(int(environment["RANK"])) if environment else HEARD, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(heard, 1), os.dup2(heard, 2)
     changes = 0
 

@@ -189,6 +189,7 @@ def fresh_rows(
     seed: int,
     temperature: float = 1.0,
     after: int = 0,
+    every: int = 1,
 ) -> Iterator[Rows]:
     """New rows without end, `rows` at a time: the model, or the server, goes on answering prompts.
 
@@ -196,6 +197,7 @@ def fresh_rows(
 
     Args: as of `prepare`; the loader is called each time, and may give the same model.
         after: so many parts are left out, so that two who ask with one seed get other rows.
+        every: only each so manieth part after those is given.
 
     Errors: CalibrationError for text that is read and not written.
     """
@@ -206,7 +208,7 @@ def fresh_rows(
             "choose --calibration self, self:PROMPTS or server:URL, or leave out polish_fresh and fresh_last",
         )
     separator, pending = separator_of(tokenizer), list[Document]()
-    for part in count(after + 1):
+    for part in count(after + 1, every):
         tokens = (rows + 1) * row_tokens
         own = (seed + 1) * 1_000_003 + part
         pending += documents_of(spec, tokenizer, model_loader, tokens=tokens, seed=own, temperature=temperature)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from logitwise.objectives.chunked import Rule, head_loss
 from logitwise.objectives.soft import compare
+from logitwise.ranks import Ranks
 from logitwise.skeleton import Head
 
 
@@ -48,6 +49,14 @@ class Objective(ABC):
     def loss(self, taps: Taps) -> Float[Tensor, ""]:
         """The mean loss of a batch, whose gradient reaches `taps.student` alone."""
 
+    def over(self, taps: Taps) -> Float[Tensor, ""]:
+        """How much that mean is over: every position alike."""
+        return taps.weights.new_tensor(taps.weights.numel())
+
+    def shared(self, taps: Taps, ranks: Ranks) -> Float[Tensor, ""]:
+        """What these rows add to the mean loss of a batch that all ranks share."""
+        return self.loss(taps) if ranks.world == 1 else self.loss(taps) * ranks.part(self.over(taps))
+
     @abstractmethod
     def measure(self, taps: Taps) -> tuple[float, float]:
         """What held-out rows are judged by: a sum over a batch and how much it counts."""
@@ -61,6 +70,9 @@ class LogitObjective(Objective):
 
     reads_head = True
     unit = "kl"
+
+    def over(self, taps: Taps) -> Float[Tensor, ""]:
+        return taps.weights.sum()
 
     @torch.no_grad()
     def measure(self, taps: Taps) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
-from logitwise.objectives.base import RuleObjective, Taps
+from logitwise.objectives.base import Objective, RuleObjective, Taps
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class HardLabels(RuleObjective):
 
     def loss(self, taps: Taps) -> Float[Tensor, ""]:
         return super().loss(replace(taps, weights=torch.ones_like(taps.weights)) if self.prompts else taps)
+
+    def over(self, taps: Taps) -> Float[Tensor, ""]:
+        return Objective.over(self, taps) if self.prompts else super().over(taps)
 
     def __call__(
         self, z: Float[Tensor, "n vocabulary"], target: Float[Tensor, "n _"], following: Int64[Tensor, "n"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from logitwise.objectives.base import Taps
 from logitwise.objectives.lfq import LogitAware
 from logitwise.objectives.mse import MeanSquaredError
+from logitwise.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,7 @@ class Mixed(LogitAware):
 
     def loss(self, taps: Taps) -> Float[Tensor, ""]:
         return self.share * super().loss(taps) + MeanSquaredError().loss(taps)
+
+    def shared(self, taps: Taps, ranks: Ranks) -> Float[Tensor, ""]:
+        # The two means are over different positions.
+        return self.share * LogitAware(self.temperature).shared(taps, ranks) + MeanSquaredError().shared(taps, ranks)

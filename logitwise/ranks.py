@@ -1,0 +1,169 @@
+"""Several processes, one run (torchrun): each has some of the rows, and all learn the same parameters.
+
+Every rank takes the same way through the run and meets the others wherever something is summed or agreed on. The first
+rank alone writes. The run folder has to lie where all of them see it.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+
+from logitwise.errors import MachineError, RecipeError
+from logitwise.launch import started
+
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for another: the first may write text for hours. torchrun ends them all when one has died."""
+
+
+class Ranks:
+    """The processes of a run, as one of them sees them.
+
+    Args:
+        rank: which one this is.
+        world: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """Which of so many rows are this rank's: every `world`-th."""
+        return slice(self.rank, count, self.world)
+
+    def count(self, count: int) -> int:
+        """How many of so many rows are this rank's."""
+        return len(range(count)[self.share(count)])
+
+    def part(self, count: Tensor) -> Tensor | float:
+        """What a mean over all ranks is multiplied by here, where `count` of what it is over is this rank's."""
+        if self.world == 1:
+            return 1.0
+        total = count.detach().clone()
+        self.add([total])
+        return count / total
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor in place becomes its sum over all ranks.
+
+        Errors: MachineError where another rank is gone.
+        """
+        if self.world > 1:
+            with _others():
+                works = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+                for work in works:
+                    work.wait()
+
+    def gathered(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """The loss of all ranks, each of which has its part; the parameters' gradients are summed over them too.
+
+        Errors: MachineError where another rank is gone.
+        """
+        loss = loss.detach()
+        self.add([loss, *(parameter.grad for parameter in parameters if parameter.grad is not None)])
+        return loss
+
+    def total(self, *values: float) -> tuple[float, ...]:
+        """The sum of each number over all ranks.
+
+        Errors: MachineError where another rank is gone.
+        """
+        summed = torch.tensor(values, dtype=torch.float64)
+        self.add([summed])
+        return tuple(summed.tolist())
+
+    def same(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor in place becomes the first rank's.
+
+        Errors: MachineError where another rank is gone.
+        """
+        if self.world > 1:
+            with _others():
+                for tensor in tensors:
+                    distributed.broadcast(tensor, 0)
+
+    def agree(self, value: bool) -> bool:
+        """What the first rank says; all wait for it.
+
+        Errors: MachineError where another rank is gone.
+        """
+        said = torch.tensor(value)
+        self.same([said])
+        return bool(said)
+
+    def wait(self) -> None:
+        """Until all ranks are here.
+
+        Errors: MachineError where another rank is gone.
+        """
+        self.agree(True)
+
+    @contextmanager
+    def first_alone(self) -> Iterator[bool]:
+        """Whether it is this rank that works inside, where there are no others; they wait for it at the end."""
+        world, first = self.world, self.first
+        self.world = 1
+        try:
+            yield first
+        finally:
+            self.world = world
+        self.wait()
+
+
+ALONE = Ranks()
+"""The only process there is."""
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The processes that torchrun has started, or this one alone. On a GPU each has its own, `cuda` from here on.
+
+    Errors: RecipeError where there are more processes than GPUs; MachineError where the others are not found.
+    """
+    if started() == 1:
+        yield ALONE
+        return
+    if distributed.is_initialized():  # the caller's, and so theirs to end
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if wanted > there:
+            raise RecipeError(
+                "there are more processes than GPUs",
+                f"this machine has {there} of them for {wanted} processes",
+                f"start torchrun with --nproc-per-node {there}",
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    with _others():
+        distributed.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    """Names what torch says where another rank does not answer."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise MachineError(
+            "another process of this run is gone",
+            f"it failed, was killed or lost its connection ({str(error).splitlines()[0].split('. ')[0]})",
+            "see what it said; finished blocks are kept: run the same command again, on as many processes as you like",
+        ) from error

@@ -1,0 +1,241 @@
+"""Several processes, one run: what each adds is what one process has, and a run survives the loss of one."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import VOCABULARY, MemorySource, tiny_model
+from killable import HEARD, QUANTIZE, contents, heard_by, make_model, start, start_ranks
+from torch import Tensor
+
+from logitwise import descent
+from logitwise.descent import Schedule
+from logitwise.errors import RecipeError
+from logitwise.fit import Data, Window, fit, measure
+from logitwise.grid import Grid
+from logitwise.objectives import OBJECTIVES
+from logitwise.optimizers import Optimizers
+from logitwise.preflight import check_shared
+from logitwise.quantizers import QUANTIZERS, STARTS
+from logitwise.ranks import ALONE, Ranks
+from logitwise.recipe import Recipe
+from logitwise.skeleton import Skeleton
+from logitwise.watch import Stage
+
+TOKENS, TRAIN, HELD_OUT = 11, 7, 5
+GRADIENTS = threading.local()
+
+
+# ---- in threads: the sums are exact, so that only the order of additions differs
+
+
+class Threads:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self.barrier = world, threading.Barrier(world, timeout=60)
+        self.given: list[list[Tensor]] = [[] for _ in range(world)]
+
+    def run(self, work: Callable[[Ranks], Any]) -> list[Any]:
+        """What each rank's work gives."""
+
+        def of(rank: int) -> Any:
+            try:
+                return work(_Thread(rank, self))
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.world) as pool:
+            return list(pool.map(of, range(self.world)))
+
+
+class _Thread(Ranks):
+    def __init__(self, rank: int, threads: Threads) -> None:
+        super().__init__(rank, threads.world)
+        self.threads = threads
+
+    def _everyones(self, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        own = list(tensors)
+        self.threads.given[self.rank] = [tensor.detach().clone() for tensor in own]
+        self.threads.barrier.wait()
+        found = list(zip(own, zip(*self.threads.given, strict=True), strict=True))
+        self.threads.barrier.wait()
+        yield from ((tensor, list(of_all)) for tensor, of_all in found)
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        for tensor, of_all in self._everyones(tensors):
+            tensor.copy_(torch.stack(of_all).sum(0))
+
+    def same(self, tensors: Iterable[Tensor]) -> None:
+        for tensor, of_all in self._everyones(tensors):
+            tensor.data.copy_(of_all[0])
+
+
+@pytest.fixture(scope="module")
+def skeletons() -> list[Skeleton]:
+    """One for each thread, since a module's parameters are replaced while it runs."""
+    return [Skeleton(MemorySource(tiny_model("llama")), torch.device("cpu"), torch.float32) for _ in range(3)]
+
+
+def shared(skeleton: Skeleton, ranks: Ranks) -> Data:
+    """This rank's rows of the last block's data; positions count unequally."""
+    ids = torch.randint(VOCABULARY, (TRAIN + HELD_OUT, TOKENS), generator=torch.Generator().manual_seed(3))
+    hidden, calls = skeleton.embed(ids), skeleton.calls(TOKENS)
+    for block in (0, 1):
+        Window(skeleton, range(block, block + 1), calls, lambda slot: False).advance(hidden, {}, 8)
+    targets = hidden.clone()
+    Window(skeleton, range(2, 3), calls, lambda slot: False).advance(targets, {}, 8)
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(4))
+    weights[weights < 0.4] = 0
+    parts = (hidden, targets, weights, ids.roll(-1, 1))
+    own = [torch.cat([x[:TRAIN][ranks.share(TRAIN)], x[TRAIN:][ranks.share(HELD_OUT)]]) for x in parts]
+    return Data(*own, ranks.count(TRAIN), ranks.count(HELD_OUT), ranks)
+
+
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the gradients of a thread's first step."""
+
+    class Watched(Optimizers):
+        def __init__(self, parameters: Any, learning: Any) -> None:
+            self.watched = [parameter for _, parameter in parameters]
+            GRADIENTS.first = None
+            super().__init__(parameters, learning)
+
+        def step(self, rate: Any) -> None:
+            GRADIENTS.first = GRADIENTS.first or [parameter.grad.clone() for parameter in self.watched]
+            super().step(rate)
+
+    monkeypatch.setattr(descent, "Optimizers", Watched)
+
+
+def first_step(skeleton: Skeleton, objective: str, settings: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """One step on all rows that there are."""
+    window, data = Window(skeleton, range(2, 3), skeleton.calls(TOKENS), lambda slot: False), shared(skeleton, ranks)
+    quantizers = window.quantizers(QUANTIZERS["flexround"], lambda _: Grid(3, 16, False), STARTS["minmax"])
+    made, head = OBJECTIVES[objective](**settings), skeleton.head()
+    schedule = Schedule(1, data.train, 1, Recipe(method="flexround").learning_of, 0)
+    fitted = fit(window, quantizers, made, head, data, schedule, Stage())
+    judged = measure(window, {}, made, head, data, 2)
+    return {"gradients": GRADIENTS.first, "course": vars(fitted.course), "tokens": fitted.tokens, "judged": judged}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [("mse", {}), ("lfq", {}), ("mixed", {"share": 0.7}), ("hard_labels", {"prompts": True}), ("topk", {"k": 8})],
+)
+def test_the_first_step_is_that_of_one_process(
+    objective: str, settings: dict[str, Any], world: int, skeletons: list[Skeleton], gradients: None
+) -> None:
+    one = first_step(skeletons[0], objective, settings, ALONE)
+    for other in Threads(world).run(lambda ranks: first_step(skeletons[ranks.rank], objective, settings, ranks)):
+        assert len(other["gradients"]) == len(one["gradients"]) > 0
+        for found, expected in zip(other["gradients"], one["gradients"], strict=True):
+            assert float((found - expected).norm()) <= 1e-5 * float(expected.norm()) > 0
+        assert other["course"]["losses"] == pytest.approx(one["course"]["losses"], rel=1e-5)
+        assert [kl for _, kl in other["course"]["held_out"]] == pytest.approx(
+            [kl for _, kl in one["course"]["held_out"]], rel=1e-3
+        )
+        assert other["judged"] == pytest.approx(one["judged"], abs=1e-9)
+        assert other["tokens"] == one["tokens"]
+
+
+def test_what_a_slot_reads_is_that_of_all_ranks(skeletons: list[Skeleton]) -> None:
+    def moments(ranks: Ranks) -> dict[Any, Tensor]:
+        skeleton = skeletons[ranks.rank]
+        window, data = (
+            Window(skeleton, range(2, 3), skeleton.calls(TOKENS), lambda slot: False),
+            shared(skeleton, ranks),
+        )
+        return window.moments(data.inputs[: data.train], 2, ranks)
+
+    one = moments(ALONE)
+    for other in Threads(3).run(moments):
+        for slot, expected in one.items():
+            torch.testing.assert_close(other[slot], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_shared_without_one_left_out() -> None:
+    for count in (1, 4, 7):
+        rows = [list(range(count))[Ranks(rank, 3).share(count)] for rank in range(3)]
+        assert sorted(row for own in rows for row in own) == list(range(count))
+        assert [len(own) for own in rows] == [Ranks(rank, 3).count(count) for rank in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch": 3}, "batch = 3 cannot be shared by 4 processes"),
+        ({"polish": True, "polish_batch": 2}, "polish_batch = 2 cannot"),
+        ({"held_out": 1}, "held_out = 1 cannot"),
+        ({"windows": [{"blocks": (0, 1), "rows": 2}]}, "windows.0.rows = 2 cannot"),
+        ({"device": "cuda:1"}, "--device cuda:1 is one device"),
+    ],
+)
+def test_too_little_to_share_is_refused(settings: dict[str, Any], words: str) -> None:
+    recipe = Recipe(**settings)
+    check_shared(recipe, 1)
+    with pytest.raises(RecipeError, match=words):
+        check_shared(recipe, 4)
+
+
+# ---- in processes, as torchrun starts them
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ranks")
+    make_model(place)
+    return place
+
+
+def finish(place: Path, world: int, words: tuple[str, ...] = QUANTIZE) -> dict[str, bytes]:
+    """A run of so many processes to its end."""
+    for rank, process in enumerate(start_ranks(place, words, world)):
+        process.join(120)
+        assert process.exitcode == 0, (place / heard_by(rank)).read_text()
+    made = contents(place / "out")
+    shutil.rmtree(place / "out")
+    assert not (place / "out.run").exists()
+    return made
+
+
+def test_two_processes_make_one_checkpoint_and_the_same_again(place: Path) -> None:
+    made = finish(place, 2)
+    assert "held-out KL" in (place / heard_by(0)).read_text()
+    assert not (place / heard_by(1)).read_text()
+    assert finish(place, 2) == made
+
+
+def test_a_lost_process_ends_the_run_and_another_number_goes_on(place: Path) -> None:
+    first, second = start_ranks(place, (*QUANTIZE, "--set", "steps=200"), 2)
+    while len(list((place / "out.run").glob("*.json"))) < 2:  # the text, and a block
+        time.sleep(0.02)
+    second.kill()
+    first.join(60)
+    said = (place / heard_by(0)).read_text()
+    assert first.exitcode == 1
+    assert "another process of this run is gone" in said and "run the same command again" in said
+    assert not (place / "out").exists()
+    alone = start(place, (*QUANTIZE, "--set", "steps=200"))
+    alone.join(120)
+    assert alone.exitcode == 0
+    assert "fits were finished before" in (place / HEARD).read_text()
+    shutil.rmtree(place / "out")
+
+
+def test_what_is_refused_is_said_once(place: Path) -> None:
+    processes = start_ranks(place, (*QUANTIZE, "--set", "batch=1"), 2)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 2
+    assert "batch = 1 cannot be shared by 2 processes" in (place / heard_by(0)).read_text()
+    assert not (place / "out.run").exists()
