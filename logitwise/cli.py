@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,14 +30,6 @@ PAUSE = 2.0
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no remarks.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also what each step came to.")]
 Log = Annotated[Path | None, typer.Option("--log", help="Also write progress and remarks to this file.")]
-
-
-@app.callback()
-def _alone(context: typer.Context) -> None:
-    if started() > 1 and context.invoked_subcommand != "quantize":
-        raise RecipeError(
-            f"{context.invoked_subcommand} runs in one process", f"there are {started()}", "start it without torchrun"
-        )
 
 
 @app.command()
@@ -111,7 +103,7 @@ def quantize(
     if dry_run:
         _plan(options)
         return
-    with _watching(quiet, verbose, log) as watcher:
+    with _watching(quiet, verbose, log, many=True) as watcher:
         made = _recipe(options)
         from logitwise.pipeline import quantize as run
         from logitwise.report.figures import show_result
@@ -374,12 +366,18 @@ def demo(
 
 
 @contextmanager
-def _watching(quiet: bool, verbose: bool, log: Path | None) -> Iterator[Any]:
-    """A watcher of the terminal, and of the log file where one is asked for."""
+def _watching(quiet: bool, verbose: bool, log: Path | None, many: bool = False) -> Iterator[Any]:
+    """A watcher of the terminal, and of the log file where one is asked for.
+
+    Errors: RecipeError where there are many processes and the command is not for them.
+    """
+    if started() > 1 and not many:
+        raise RecipeError("the command runs in one process", f"there are {started()}", "start it without torchrun")
     import warnings
 
     import transformers
 
+    from logitwise.memory import enough_memory
     from logitwise.report.terminal import TerminalWatcher, Together
 
     transformers.utils.logging.set_verbosity_error()
@@ -387,10 +385,12 @@ def _watching(quiet: bool, verbose: bool, log: Path | None) -> Iterator[Any]:
     if not verbose:
         warnings.simplefilter("ignore")
     terminal = TerminalWatcher(Console(stderr=True), quiet, verbose)
-    if log is None:
-        yield terminal
-        return
-    with log.open("w", encoding="utf-8") as file:
+    with ExitStack() as open_now:
+        open_now.enter_context(enough_memory("choose another --device, smaller numbers, or a machine with more"))
+        if log is None:
+            yield terminal
+            return
+        file = open_now.enter_context(log.open("w", encoding="utf-8"))
         yield Together(terminal, TerminalWatcher(Console(file=file, width=120), verbose=True))
 
 

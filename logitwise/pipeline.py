@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from logitwise.calibration.rows import Rows
 from logitwise.fit import Window
 from logitwise.grid import Quantized
 from logitwise.machine import repeatable, versions
+from logitwise.memory import enough_memory
 from logitwise.polish import POLISHED, Polish, Polished
 from logitwise.preflight import Job, check, check_shared
+from logitwise.probe import bytes_of_streams, try_memory
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.ranks import Ranks, joined
 from logitwise.recipe import Choice, Recipe
@@ -38,6 +40,15 @@ ROWS_AT_A_TIME = 8
 
 PARTS_OF_THE_BLOCKS = 1 << 20
 """Parts of fresh text that are the final blocks'; the polish has those after."""
+
+
+TRIED_ON = ("cuda",)
+"""Devices on which two steps of the last fit come first; where memory of another runs out, the process is ended."""
+
+LESS_MEMORY = (
+    "choose a smaller --batch, shorter --row-tokens, fewer --rows or --final-blocks, and run again: finished blocks "
+    "that do not depend on it are kept (`logitwise plan` says beforehand what a run takes)"
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ def quantize(
         split(rows, recipe)
     if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
         watcher.say(f"{recipe.method} reads no text: --calibration is not used")
-    with repeatable(), joined() as ranks, ExitStack() as running:
+    with repeatable(), enough_memory(LESS_MEMORY), joined() as ranks, ExitStack() as running:
         watcher = watcher if ranks.first else SILENT
         writes_more = recipe.fresh_last or recipe.polish_fresh
         check_shared(recipe, ranks.world)
@@ -176,6 +187,12 @@ def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, 
     steps = plan_steps(recipe, len(job.skeleton), root, digest, most)
     fresh = _fresh(job, recipe, recipe.batch_last or recipe.batch, ranks) if recipe.fresh_last else None
     held_out = ranks.count(len(data.held_out))
+    last = [step for step in steps if step.refit and not folder.has(step.key)]
+    if last and job.skeleton.device.type in TRIED_ON:  # what does not fit is to show in the first minute, not the last
+        with watcher.stage("Trying the last fit", 1) as stage:
+            step = replace(last[0], batch=ranks.count(last[0].batch))
+            try_memory(job.skeleton, recipe, step, job.kept, bytes_of_streams(recipe, job.skeleton, len(both)))
+            stage.advance()
     Walk(job.skeleton, recipe, both, held_out, folder, job.kept, fresh, ranks).run(steps, watcher)
     if recipe.fresh_last:
         record = folder.record(steps[-1].key)

@@ -21,12 +21,12 @@ from logitwise.grid import Grid
 from logitwise.machine import repeatable
 from logitwise.memory import free_memory
 from logitwise.preflight import Outline, outline
-from logitwise.probe import OfWindow, of_forward, of_text, of_window
+from logitwise.probe import OfWindow, bytes_of_streams, of_forward, of_text, of_window
 from logitwise.quantizers import INFORMED, QUANTIZERS
 from logitwise.recipe import Choice, Recipe
 from logitwise.skeleton import Slot
 from logitwise.watch import SILENT, Watcher
-from logitwise.windows import Step, final_blocks, plan_steps
+from logitwise.windows import Step, plan_steps
 
 GIB = 2**30
 READING = 2**29
@@ -174,13 +174,12 @@ def _measured(
 
     fitting = of_steps(fits, usual, largest) + 2 * depth * all_rows * forward
     seconds["fitting blocks" if all_rows else "rounding blocks"] = fitting
-    of_fits, streams = usual.peak, 2
+    of_fits = usual.peak
     if last:
         seconds["fitting the final blocks by " + recipe.objective] = (
             of_steps(refits, last, refits[0]) + 2 * held * last.held_out_row
         )
         of_fits = max(of_fits, last.peak)
-        streams += final_blocks(recipe, depth) > 1 or recipe.teacher_last == "quantized"
     if recipe.polish:
         batch = recipe.polish_batch or recipe.batch
         block = usual.step / (len(largest.blocks) * largest.batch)
@@ -192,8 +191,7 @@ def _measured(
     seconds["writing and reading back"] = 2 * weights_bytes * 0.3 / READING
     notes += ["the time of --target-bits is not in it"] if recipe.target_bits is not None else []
     notes += ["the time of rewrites is not in it"] if recipe.rewrites else []
-    hidden = outlined.skeleton.model.config.get_text_config().hidden_size
-    of_streams = streams * all_rows * recipe.row_tokens * hidden * getattr(torch, recipe.compute_dtype).itemsize
+    of_streams = bytes_of_streams(recipe, outlined.skeleton, all_rows)
     peak, resident = max(of_writing, of_fits + of_streams), psutil.Process().memory_info().rss
     return (seconds, peak, resident, notes) if device.type == "cuda" else (seconds, None, resident + peak, notes)
 

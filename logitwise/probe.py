@@ -28,7 +28,7 @@ from logitwise.recipe import Recipe
 from logitwise.skeleton import Skeleton, Slot, load_whole
 from logitwise.source import Source
 from logitwise.watch import Stage
-from logitwise.windows import Step
+from logitwise.windows import Step, final_blocks
 
 WRITTEN = 32
 """Tokens of each answer that is written to see what a token takes."""
@@ -102,41 +102,83 @@ class OfText:
     peak: int
 
 
-def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], rows: int) -> OfWindow:
-    """What one window takes; on `rows` rows at most, and at least those of a step."""
-    skeleton = _skeleton(source, recipe)
-    ids = _ids(skeleton, max(step.batch, rows), recipe.row_tokens)
-    calls = skeleton.calls(recipe.row_tokens)
-    student = skeleton.embed(ids, batch=step.batch)
-    head = skeleton.head() if OBJECTIVES[step.objective].reads_head else None
-    weights = torch.ones(ids.shape, device=skeleton.device)
-    data = Data(student, student.clone(), weights, ids.to(skeleton.device), len(ids), step.batch)
-    objective = OBJECTIVES[step.objective](**(recipe.objective_settings if step.refit else {}))
+class _Trial:
+    """A window that a few steps of its fit can be taken of, on text of random tokens.
 
-    def learn(steps: int) -> None:
-        schedule = Schedule(steps, step.batch, 1, step.learning.__getitem__, recipe.seed, "last")
-        fit(window, quantizers, objective, head, replace(data, held_out=0), schedule, Stage())
+    Args:
+        skeleton: whose window it is.
+        recipe, step: how it is fitted.
+        rows: rows of text at most, and at least those of a step.
+    """
 
-    with _peak(skeleton.device) as peak:
-        began = _now(skeleton.device)
-        window = Window(skeleton, step.blocks, calls, kept)
+    def __init__(self, skeleton: Skeleton, recipe: Recipe, step: Step, rows: int) -> None:
+        self.skeleton, self.recipe, self.step = skeleton, recipe, step
+        ids = _ids(skeleton, max(step.batch, rows), recipe.row_tokens)
+        student = skeleton.embed(ids, batch=step.batch)
+        weights = torch.ones(ids.shape, device=skeleton.device)
+        self.data = Data(student, student.clone(), weights, ids.to(skeleton.device), len(ids), step.batch)
+        self.head = skeleton.head() if OBJECTIVES[step.objective].reads_head else None
+        self.objective = OBJECTIVES[step.objective](**(recipe.objective_settings if step.refit else {}))
+
+    def open(self, kept: Callable[[Slot], bool]) -> None:
+        """Puts the window's weights and quantizers in place."""
+        recipe, step = self.recipe, self.step
+        self.window = Window(self.skeleton, step.blocks, self.skeleton.calls(recipe.row_tokens), kept)
         start = STARTS["minmax"] if recipe.start in INFORMED else STARTS[recipe.start]
         others = {}
         if recipe.start in INFORMED:
-            informed, moments = INFORMED[recipe.start], window.moments(student, step.batch)
-            others = {s: (lambda w, grid, own=moments[s]: informed(w, grid, own)) for s in window.slots}
-        quantizers = window.quantizers(QUANTIZERS[recipe.method], recipe.grid_of, start, others)
-        opening = _now(skeleton.device) - began
+            informed, moments = INFORMED[recipe.start], self.window.moments(self.data.inputs, step.batch)
+            others = {s: (lambda w, grid, own=moments[s]: informed(w, grid, own)) for s in self.window.slots}
+        self.quantizers = self.window.quantizers(QUANTIZERS[recipe.method], recipe.grid_of, start, others)
+
+    def learn(self, steps: int) -> None:
+        """So many steps."""
+        schedule = Schedule(steps, self.step.batch, 1, self.step.learning.__getitem__, self.recipe.seed, "last")
+        data = replace(self.data, held_out=0)
+        fit(self.window, self.quantizers, self.objective, self.head, data, schedule, Stage())
+
+    def ask(self) -> None:
+        """Measures as many held-out rows as a step has."""
+        weights = weights_of(self.quantizers, 1.0)
+        measure(self.window, weights, self.objective, self.head, self.data, self.step.batch)
+
+
+def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], rows: int) -> OfWindow:
+    """What one window takes; on `rows` rows at most, and at least those of a step."""
+    trial = _Trial(_skeleton(source, recipe), recipe, step, rows)
+    device = trial.skeleton.device
+    with _peak(device) as peak:
+        opening = _seconds(device, lambda: trial.open(kept))
         if not step.steps:
             return OfWindow(opening, 0.0, 0.0, peak())
-        few = _seconds(skeleton.device, lambda: learn(2))
+        few = _seconds(device, lambda: trial.learn(2))
         more = max(1, min(MOST_STEPS, int(LONG_ENOUGH / (few / 2))))
-        many = _seconds(skeleton.device, lambda: learn(2 + more))
-        asked = _seconds(
-            skeleton.device,
-            lambda: measure(window, weights_of(quantizers, 1.0), objective, head, data, step.batch),
-        )
+        many = _seconds(device, lambda: trial.learn(2 + more))
+        asked = _seconds(device, trial.ask)
     return OfWindow(opening, max(0.0, many - few) / more, asked / step.batch, peak())
+
+
+def try_memory(skeleton: Skeleton, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], streams: int) -> None:
+    """Takes two steps of a window beside so many bytes of streams, so that memory that is not enough shows now.
+
+    Errors: torch.OutOfMemoryError.
+    """
+    held = torch.empty(streams, dtype=torch.uint8, device=skeleton.device)
+    trial = _Trial(skeleton, recipe, step, step.batch)
+    trial.open(kept)
+    trial.learn(2)
+    del held, trial
+    gc.collect()  # recorded blocks hold themselves in cycles
+    if skeleton.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def bytes_of_streams(recipe: Recipe, skeleton: Skeleton, rows: int) -> int:
+    """What the activations of so many rows take: the teacher's, the student's, and those at the fork."""
+    config = skeleton.model.config.get_text_config()
+    at_fork = final_blocks(recipe, len(skeleton)) > 1 or recipe.teacher_last == "quantized"
+    numbers = (2 + at_fork) * rows * recipe.row_tokens * config.hidden_size
+    return int(numbers * skeleton.dtype.itemsize)
 
 
 def of_forward(source: Source, recipe: Recipe, rows: int) -> float:

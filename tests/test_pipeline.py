@@ -14,9 +14,9 @@ from source_files import llama_config, random_model, save, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitwise
-from logitwise import pipeline, stream
+from logitwise import pipeline, probe, stream
 from logitwise.calibration.rows import Rows
-from logitwise.errors import CalibrationError, FormatError, InputError, OutputError, SourceError
+from logitwise.errors import CalibrationError, FormatError, InputError, MachineError, OutputError, SourceError
 from logitwise.evaluation import evaluate, measure_models
 from logitwise.fit import Data, fit
 from logitwise.polish import Polish
@@ -673,3 +673,21 @@ def test_transposed_weights_are_refused_by_name(text: Path, tmp_path: Path) -> N
     tokenizer().save_pretrained(tmp_path / "gpt2")
     out = tmp_path / "out"
     refused(FormatError, r"transformer\.h\.0\..*transposed", tmp_path / "gpt2", out, recipe(text), out=out)
+
+
+def test_the_last_fit_is_tried_first_and_changes_nothing(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logitwise.quantize(folder, tmp_path / "plain", recipe(text, final_blocks=2))
+    monkeypatch.setattr(pipeline, "TRIED_ON", ("cpu",))
+    logitwise.quantize(folder, tmp_path / "tried", recipe(text, final_blocks=2))
+    plain, tried = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "tried"))
+    assert all(torch.equal(plain[name], tried[name]) for name in plain)
+
+    def starved(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(probe, "fit", starved)
+    with pytest.raises(MachineError, match=r"the GPU's memory is not enough(.|\n)*9 GiB(.|\n)*smaller --batch"):
+        logitwise.quantize(folder, tmp_path / "out", recipe(text))
+    assert not [file for file in (tmp_path / "out.run").glob("*.json") if '"blocks"' in file.read_text()]
