@@ -87,6 +87,7 @@ def _calibrate(skeleton: Skeleton, recipe: Recipe, folder: RunFolder, root: str,
                 seed=recipe.seed,
                 temperature=recipe.temperature,
                 progress=lambda done, total: stage.reach(done),
+                keep=folder.batches(key),
             )
         gc.collect()
         if torch.cuda.is_available():

@@ -15,6 +15,7 @@ from typing import Any
 from logitwise.allocation import with_bits
 from logitwise.calibrate import RunRows, rows_of_run, split
 from logitwise.calibration import fresh_rows
+from logitwise.calibration.batches import Keep
 from logitwise.calibration.rows import Rows
 from logitwise.fit import Window
 from logitwise.grid import Quantized
@@ -167,7 +168,8 @@ def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, 
         return chain(data.train[:count].digest(), held_out=data.held_out.digest())
 
     steps = plan_steps(recipe, len(job.skeleton), root, digest, most)
-    fresh = _fresh(job, recipe, recipe.batch_last or recipe.batch) if recipe.fresh_last else None
+    keep, batch = folder.batches(steps[-1].key), recipe.batch_last or recipe.batch
+    fresh = _fresh(job, recipe, batch, keep) if recipe.fresh_last else None
     Walk(job.skeleton, recipe, both, len(data.held_out), folder, job.kept, fresh).run(steps, watcher)
     if recipe.fresh_last:
         record = folder.record(steps[-1].key)
@@ -214,7 +216,8 @@ def _polish(
         with watcher.stage("Polishing all scales", recipe.polish_steps) as stage:
             polish = Polish(job.skeleton, recipe, rows, len(data.held_out), codes, job.kept)
             batch = recipe.polish_batch or recipe.batch
-            fresh = _fresh(job, recipe, batch, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
+            keep = folder.batches(key)
+            fresh = _fresh(job, recipe, batch, keep, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
             folder.save_polished(key, polish.run(stage, fresh, folder.halfway(key)))
         del polish, fresh
         gc.collect()  # recorded blocks hold themselves in cycles
@@ -230,12 +233,12 @@ def _say_flat(watcher: Watcher, what: str, flat: int | None, steps: int, tokens:
     watcher.say(f"{what}: {curve}; {tokens:,} tokens were learned from")
 
 
-def _fresh(job: Job, recipe: Recipe, batch: int, after: int = 0) -> Iterator[Rows]:
+def _fresh(job: Job, recipe: Recipe, batch: int, keep: Keep, after: int = 0) -> Iterator[Rows]:
     """Calibration rows without end, those after so many parts; the whole model is loaded once, and let go with them."""
     loader = cache(lambda: load_whole(job.source, job.skeleton.device, job.skeleton.dtype))
     asked = recipe.model_dump(include={"row_tokens", "seed", "temperature"})
     tokenizer, rows = job.source.tokenizer(), ROWS_AT_A_TIME * batch
-    return fresh_rows(recipe.calibration, tokenizer, loader, rows=rows, after=after, **asked)
+    return fresh_rows(recipe.calibration, tokenizer, loader, rows=rows, after=after, keep=keep, **asked)
 
 
 def _verdict(

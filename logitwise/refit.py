@@ -248,7 +248,7 @@ def _fit(
     objective = OBJECTIVES[recipe.objective](**recipe.objective_settings)
     of_them = f"the last {len(blocks)} blocks" if len(blocks) > 1 else "the last block"
     with watcher.stage(f"Refitting {of_them}", recipe.steps) as stage:
-        fitted = fit(window, dict(quantizers), objective, head, given, schedule, stage)
+        fitted = fit(window, dict(quantizers), objective, head, given, schedule, stage, halfway=folder.halfway(key))
     codes = {slot.name: quantized for slot, quantized in fitted.quantized.items()}
     folder.save(key, codes, {"blocks": [blocks[0], blocks[-1]], **vars(fitted.course), "tokens": fitted.tokens})
     del window, quantizers, fitted

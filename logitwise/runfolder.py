@@ -2,13 +2,17 @@
 
 A window's key is a hash of the key before it and of everything that decides its own result, so that a run finds the
 longest prefix that is still valid. Resuming, changing the last window and making a variant are one thing.
+
+What is there of an unfinished part, batches of text or how far a descent is, has files that begin with the part's key;
+they go when the part is finished.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from logitwise.calibration.batches import Keep
 from logitwise.calibration.rows import Rows
 from logitwise.descent import Halfway
 from logitwise.errors import MachineError, OutputError
@@ -32,6 +37,8 @@ PARTS = ("codes", "scale", "zero", "minimum")
 POLISH_FIGURES = ("losses", "held_out", "kept", "tokens", "flat")
 """What the record of a polish holds."""
 
+HALFWAY_SECONDS = 30.0
+"""How long a descent goes on, at least, before how far it is is kept: what is lost then is not missed."""
 
 LOCK = "lock"
 
@@ -81,7 +88,7 @@ class RunFolder:
         for name, parts in (state or {}).items():
             # Copies, since a scale that nothing was learned of is the one that is stored.
             tensors |= {f"{name}:state:{part}": tensor.clone() for part, tensor in parts.items()}
-        self._write(key, tensors, record)
+        self._finish(key, tensors, record)
 
     def load_state(self, key: str, name: str, quantizer: nn.Module) -> None:
         """Puts what was learned for a slot into its quantizer; what was not stored stays as it is."""
@@ -111,16 +118,52 @@ class RunFolder:
         """A finished polish."""
         kinds = {"scale": polished.scales, "minimum": polished.minima, "vector": polished.vectors}
         tensors = {f"{kind}:{name}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
-        self._write(key, tensors, {name: getattr(polished, name) for name in POLISH_FIGURES})
+        self._finish(key, tensors, {name: getattr(polished, name) for name in POLISH_FIGURES})
 
     def halfway(self, key: str) -> Halfway:
-        """Where the descent of an unfinished part keeps how far it is."""
-        own = chain(key, part="halfway")
+        """Where the descent of an unfinished part keeps how far it is, where it takes long.
+
+        Every step that is kept has files of its own, and earlier ones go after it is there: one is whole at any moment.
+        A disk that has no room for it is no reason to stop: that is said.
+        """
+        began, pattern = time.monotonic(), f"{key}-step-*"
+
+        def save(tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
+            nonlocal began
+            if time.monotonic() - began < HALFWAY_SECONDS:
+                return
+            own = f"{key}-step-{figures['step']:08}"
+            try:
+                self._write(own, tensors, figures)
+            except MachineError as error:
+                self.watcher.say(f"step {figures['step']} is not kept: {error.why}")
+            else:
+                self._remove(file for file in self.path.glob(pattern) if file.stem != own)
+            began = time.monotonic()
 
         def load() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-            return (load_file(self.path / f"{own}.safetensors"), self.record(own)) if self.has(own) else None
+            steps = sorted((file.stem for file in self.path.glob(f"{pattern}.json")), reverse=True)
+            whole = next(filter(self.has, steps), None)
+            return None if whole is None else (self.load_tensors(whole), self.record(whole))
 
-        return Halfway(lambda tensors, figures: self._write(own, tensors, figures), load)
+        return Halfway(save, load)
+
+    def batches(self, key: str) -> Keep:
+        """Where the batches of an unfinished part's text are kept.
+
+        The key of each is a hash of those before it and of what it asks: other prompts find nothing.
+        """
+        last = key
+
+        def keep(asked: Sequence[Any], write: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+            nonlocal last
+            last = chain(last, asked=asked)
+            own = f"{key}-batch-{last}"
+            if not self.has(own):
+                self._write(own, write(), {})
+            return self.load_tensors(own)
+
+        return keep
 
     def load_polished(self, key: str) -> Polished:
         """A finished polish."""
@@ -136,7 +179,7 @@ class RunFolder:
     def save_changes(self, key: str, changes: Changes, record: dict[str, Any]) -> None:
         """What finished rewrites changed."""
         parts = vars(changes).items()
-        self._write(key, {f"{part}:{name}": x for part, found in parts for name, x in found.items()}, record)
+        self._finish(key, {f"{part}:{name}": x for part, found in parts for name, x in found.items()}, record)
 
     def load_changes(self, key: str) -> Changes:
         """What finished rewrites changed."""
@@ -153,7 +196,7 @@ class RunFolder:
             for part, found in (("rows", rows), ("held_out", held_out))
             for name, tensor in vars(found).items()
         }
-        self._write(key, tensors, record)
+        self._finish(key, tensors, record)
 
     def load_rows(self, key: str) -> tuple[Rows, Rows]:
         """Calibration and held-out rows."""
@@ -166,7 +209,7 @@ class RunFolder:
 
     def save_tensors(self, key: str, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
         """Any other finished part: tensors by name, and a record of JSON values."""
-        self._write(key, dict(tensors), record)
+        self._finish(key, dict(tensors), record)
 
     def load_tensors(self, key: str) -> dict[str, Tensor]:
         """The tensors of a finished part."""
@@ -233,6 +276,18 @@ class RunFolder:
             digest = hashlib.file_digest(file, "sha256")
         digest.update(json.dumps(record, sort_keys=True).encode())
         return digest.hexdigest()
+
+    def _finish(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """A finished part; what was kept of it unfinished goes."""
+        self._write(key, tensors, record)
+        self._remove(self.path.glob(f"{key}-*"))
+
+    def _remove(self, files: Iterable[Path]) -> None:
+        """Files of parts that are not needed any more; one that stays does no harm."""
+        for file in files:
+            self._whole.discard(file.stem)
+            with suppress(OSError):
+                file.unlink()
 
     def _write(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Both files of a part, each whole or not there, whatever happens to process or machine; the JSON is last."""

@@ -138,7 +138,7 @@ class Walk:
         quantized = {slot: q for part in early for slot, q in part.quantized.items()}
         rest = window.fixing({slot: q.dequantize() for slot, q in quantized.items()})
         own = {slot: quantizers[slot] for slot in rest.slots}
-        fitted = fit(rest, own, objective, head, data, schedule, stage, per_step, fresh)
+        fitted = fit(rest, own, objective, head, data, schedule, stage, per_step, fresh, self.folder.halfway(step.key))
         quantized |= fitted.quantized
         seconds = time.monotonic() - began
         record = dict(
