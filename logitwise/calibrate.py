@@ -13,6 +13,7 @@ from logitwise.errors import CalibrationError
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder, chain
 from logitwise.skeleton import Skeleton, load_whole
+from logitwise.unfinished import batches
 from logitwise.watch import Watcher
 
 
@@ -87,7 +88,7 @@ def _calibrate(skeleton: Skeleton, recipe: Recipe, folder: RunFolder, root: str,
                 seed=recipe.seed,
                 temperature=recipe.temperature,
                 progress=lambda done, total: stage.reach(done),
-                keep=folder.batches(key),
+                keep=batches(folder, key),
             )
         gc.collect()
         if torch.cuda.is_available():

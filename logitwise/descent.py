@@ -100,8 +100,8 @@ def descend(
     losses: list[Tensor] = []
     held_out: list[tuple[int, float]] = []
     step, steps, falls, flat = 0, schedule.steps, schedule.steps, None
-    resumed = None if halfway is None else halfway.load()
-    if resumed is not None:
+    asked = None  # the check that was done before it was kept
+    if halfway is not None and (resumed := halfway.load()) is not None:
         tensors, figures = resumed
         step, steps, falls, flat = (figures[name] for name in ("step", "steps", "falls", "flat"))
         held_out = [(at, value) for at, value in figures["held_out"]]
@@ -114,7 +114,8 @@ def descend(
         for _ in range(step):
             next(batches)
         stage.advance(units * step)
-    asked = step if resumed else None  # the check that was done before it was kept
+        asked = step
+        del resumed, tensors  # as much memory as the fit itself
     while True:
         if (step in checks or step == steps) and step != asked:
             check()

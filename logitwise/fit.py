@@ -192,10 +192,10 @@ def batches_of(
     `tokens` grows by the counted positions of each that is taken.
     """
     taken: Iterator[tuple[Data, Tensor | slice]]
+    size = schedule.batch
     if fresh is None:
-        taken = ((data, rows.to(tokens.device)) for rows in row_order(data.train, schedule.batch, schedule.seed))
+        taken = ((data, rows.to(tokens.device)) for rows in row_order(data.train, size, schedule.seed))
     else:
-        size = schedule.batch
         starts = ((part, start) for part in chain([data], fresh) for start in range(0, part.train - size + 1, size))
         taken = ((part, slice(start, start + size)) for part, start in starts)
     for part, rows in taken:

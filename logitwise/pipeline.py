@@ -29,6 +29,7 @@ from logitwise.rewriting import rewritten_job
 from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain
 from logitwise.skeleton import Slot, load_whole
 from logitwise.stream import Walk
+from logitwise.unfinished import batches, halfway
 from logitwise.watch import SILENT, Watcher
 from logitwise.windows import NUMERICS, Step, made_by_mse, plan_steps
 from logitwise.writing import write
@@ -168,7 +169,7 @@ def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, 
         return chain(data.train[:count].digest(), held_out=data.held_out.digest())
 
     steps = plan_steps(recipe, len(job.skeleton), root, digest, most)
-    keep, batch = folder.batches(steps[-1].key), recipe.batch_last or recipe.batch
+    keep, batch = batches(folder, steps[-1].key), recipe.batch_last or recipe.batch
     fresh = _fresh(job, recipe, batch, keep) if recipe.fresh_last else None
     Walk(job.skeleton, recipe, both, len(data.held_out), folder, job.kept, fresh).run(steps, watcher)
     if recipe.fresh_last:
@@ -216,9 +217,9 @@ def _polish(
         with watcher.stage("Polishing all scales", recipe.polish_steps) as stage:
             polish = Polish(job.skeleton, recipe, rows, len(data.held_out), codes, job.kept)
             batch = recipe.polish_batch or recipe.batch
-            keep = folder.batches(key)
+            keep = batches(folder, key)
             fresh = _fresh(job, recipe, batch, keep, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
-            folder.save_polished(key, polish.run(stage, fresh, folder.halfway(key)))
+            folder.save_polished(key, polish.run(stage, fresh, halfway(folder, key)))
         del polish, fresh
         gc.collect()  # recorded blocks hold themselves in cycles
     polished = folder.load_polished(key)

@@ -3,16 +3,14 @@
 A window's key is a hash of the key before it and of everything that decides its own result, so that a run finds the
 longest prefix that is still valid. Resuming, changing the last window and making a variant are one thing.
 
-What is there of an unfinished part, batches of text or how far a descent is, has files that begin with the part's key;
-they go when the part is finished.
+What there is of an unfinished part (unfinished.py) has keys that begin with the part's, and goes when that is finished.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from logitwise.calibration.batches import Keep
 from logitwise.calibration.rows import Rows
-from logitwise.descent import Halfway
 from logitwise.errors import MachineError, OutputError
 from logitwise.grid import Grid, Quantized
 from logitwise.polish import Polished
@@ -36,9 +32,6 @@ PARTS = ("codes", "scale", "zero", "minimum")
 
 POLISH_FIGURES = ("losses", "held_out", "kept", "tokens", "flat")
 """What the record of a polish holds."""
-
-HALFWAY_SECONDS = 30.0
-"""How long a descent goes on, at least, before how far it is is kept: what is lost then is not missed."""
 
 LOCK = "lock"
 
@@ -120,51 +113,6 @@ class RunFolder:
         tensors = {f"{kind}:{name}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
         self._finish(key, tensors, {name: getattr(polished, name) for name in POLISH_FIGURES})
 
-    def halfway(self, key: str) -> Halfway:
-        """Where the descent of an unfinished part keeps how far it is, where it takes long.
-
-        Every step that is kept has files of its own, and earlier ones go after it is there: one is whole at any moment.
-        A disk that has no room for it is no reason to stop: that is said.
-        """
-        began, pattern = time.monotonic(), f"{key}-step-*"
-
-        def save(tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
-            nonlocal began
-            if time.monotonic() - began < HALFWAY_SECONDS:
-                return
-            own = f"{key}-step-{figures['step']:08}"
-            try:
-                self._write(own, tensors, figures)
-            except MachineError as error:
-                self.watcher.say(f"step {figures['step']} is not kept: {error.why}")
-            else:
-                self._remove(file for file in self.path.glob(pattern) if file.stem != own)
-            began = time.monotonic()
-
-        def load() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-            steps = sorted((file.stem for file in self.path.glob(f"{pattern}.json")), reverse=True)
-            whole = next(filter(self.has, steps), None)
-            return None if whole is None else (self.load_tensors(whole), self.record(whole))
-
-        return Halfway(save, load)
-
-    def batches(self, key: str) -> Keep:
-        """Where the batches of an unfinished part's text are kept.
-
-        The key of each is a hash of those before it and of what it asks: other prompts find nothing.
-        """
-        last = key
-
-        def keep(asked: Sequence[Any], write: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-            nonlocal last
-            last = chain(last, asked=asked)
-            own = f"{key}-batch-{last}"
-            if not self.has(own):
-                self._write(own, write(), {})
-            return self.load_tensors(own)
-
-        return keep
-
     def load_polished(self, key: str) -> Polished:
         """A finished polish."""
         parts: dict[str, dict[str, Tensor]] = {"scale": {}, "minimum": {}, "vector": {}}
@@ -214,6 +162,31 @@ class RunFolder:
     def load_tensors(self, key: str) -> dict[str, Tensor]:
         """The tensors of a finished part."""
         return load_file(self.path / f"{key}.safetensors")
+
+    def write(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Both files of a part, each whole or not there, whatever happens to process or machine; the JSON is last."""
+        self._make()
+        partial = self.path / f"{key}.partial"
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+            self._settle(partial, f"{key}.safetensors")
+            record = json.loads(json.dumps(record))
+            content = {"sha256": self._digest(key, record), "record": record}
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            self._settle(partial, f"{key}.json")
+        except (OSError, SafetensorError) as error:  # the second where safetensors itself cannot write
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise self._not_written(error) from error
+        self._whole.add(key)
+
+    def discard(self, keys: str, but: str = "") -> None:
+        """The files of parts whose keys this pattern describes go, but those of one; one that stays does no harm."""
+        for file in self.path.glob(keys):
+            if file.stem != but:
+                self._whole.discard(file.stem)
+                with suppress(OSError):
+                    file.unlink()
 
     def note(self, name: str, text: str) -> None:
         """A file for people."""
@@ -278,33 +251,9 @@ class RunFolder:
         return digest.hexdigest()
 
     def _finish(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """A finished part; what was kept of it unfinished goes."""
-        self._write(key, tensors, record)
-        self._remove(self.path.glob(f"{key}-*"))
-
-    def _remove(self, files: Iterable[Path]) -> None:
-        """Files of parts that are not needed any more; one that stays does no harm."""
-        for file in files:
-            self._whole.discard(file.stem)
-            with suppress(OSError):
-                file.unlink()
-
-    def _write(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Both files of a part, each whole or not there, whatever happens to process or machine; the JSON is last."""
-        self._make()
-        partial = self.path / f"{key}.partial"
-        try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-            self._settle(partial, f"{key}.safetensors")
-            record = json.loads(json.dumps(record))
-            content = {"sha256": self._digest(key, record), "record": record}
-            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            self._settle(partial, f"{key}.json")
-        except (OSError, SafetensorError) as error:  # the second where safetensors itself cannot write
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise self._not_written(error) from error
-        self._whole.add(key)
+        """A finished part; what there was of it unfinished goes."""
+        self.write(key, tensors, record)
+        self.discard(f"{key}-*")
 
     def _settle(self, partial: Path, name: str) -> None:
         """Gives a file its name once its content is on the disk."""
