@@ -13,6 +13,7 @@ from logitwise.errors import CalibrationError
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder, chain
 from logitwise.skeleton import Skeleton, load_whole
+from logitwise.unfinished import batches
 from logitwise.watch import Watcher
 
 
@@ -95,6 +96,7 @@ def _make_rows(skeleton: Skeleton, recipe: Recipe, most: int, key: str, folder: 
             seed=recipe.seed,
             temperature=recipe.temperature,
             progress=lambda done, total: stage.reach(done),
+            keep=batches(folder, key),
         )
     gc.collect()
     if torch.cuda.is_available():

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from logitwise.optimizers import Optimizers, held_rate, rate_at
 from logitwise.recipe import Learning
 from logitwise.watch import Stage
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Halfway:
 
 def descend(
     parameters: Sequence[tuple[str, nn.Parameter]],
-    learn: Callable[[int], Tensor],
+    batches: Iterator[Batch],
+    learn: Callable[[int, Batch], Tensor],
     measure: Callable[[], float] | None,
     check: Callable[[], None],
     schedule: Schedule,
@@ -78,19 +81,18 @@ def descend(
     units: float = 1,
     after_step: Callable[[], None] = lambda: None,
     halfway: Halfway | None = None,
-    skip: Callable[[int], None] = lambda steps: None,
 ) -> Course:
     """Learns, and leaves the iterate that is kept in the parameters.
 
     Args:
         parameters: each with its role.
-        learn: of a step's number, the loss of its batch; its gradient is left in the parameters.
+        batches: what each step learns from, without end; where it goes on, those of the steps done are passed over.
+        learn: of a step's number and batch, the loss; its gradient is left in the parameters.
         measure: what the parameters are worth on held-out rows, less being better; None where there are none.
         check: raises where a parameter is no longer a number.
         stage: advances by `units` a step.
         after_step: called after each optimiser step.
         halfway: where it goes on from, and keeps how far it is; for what has no state but these parameters.
-        skip: called where it goes on, with the number of steps that were done.
     """
     optimizers = Optimizers(parameters, schedule.learning)
     best = _Best([parameter for _, parameter in parameters])
@@ -98,19 +100,22 @@ def descend(
     losses: list[Tensor] = []
     held_out: list[tuple[int, float]] = []
     step, steps, falls, flat = 0, schedule.steps, schedule.steps, None
-    resumed = None if halfway is None else halfway.load()
-    if resumed is not None:
+    asked = None  # the check that was done before it was kept
+    if halfway is not None and (resumed := halfway.load()) is not None:
         tensors, figures = resumed
         step, steps, falls, flat = (figures[name] for name in ("step", "steps", "falls", "flat"))
-        held_out, losses = [(at, value) for at, value in figures["held_out"]], list(tensors["losses"].unbind())
+        held_out = [(at, value) for at, value in figures["held_out"]]
+        losses = list(tensors["losses"].to(parameters[0][1].device).unbind())
         best.restore_from(tensors, figures["best"])
         optimizers.restore_from(tensors)
         with torch.no_grad():
             for index, (_, parameter) in enumerate(parameters):
                 parameter.copy_(tensors[f"parameter {index}"])
-        skip(step)
+        for _ in range(step):
+            next(batches)
         stage.advance(units * step)
-    asked = step if resumed else None  # the check that was done before it was kept
+        asked = step
+        del resumed, tensors  # as much memory as the fit itself
     while True:
         if (step in checks or step == steps) and step != asked:
             check()
@@ -129,7 +134,7 @@ def descend(
             now |= {"losses": torch.stack(losses)} | best.tensors() | optimizers.tensors()
             figures = {"step": step, "steps": steps, "falls": falls, "flat": flat, "held_out": held_out}
             halfway.save(now, figures | {"best": [best.step, best.value]})
-        loss = learn(step)
+        loss = learn(step, next(batches))
         if schedule.choose == "batch":
             best.offer(step, loss.item())
         if schedule.until_flat:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from logitwise.descent import Course, Schedule, descend, row_order
+from logitwise.descent import Course, Halfway, Schedule, descend, row_order
 from logitwise.errors import MachineError
 from logitwise.fused import compiled_weight
 from logitwise.grid import Grid, Quantized
@@ -192,15 +192,24 @@ class Data:
         return Taps(student, self.targets[rows], self.weights[rows], self.following[rows], head)
 
 
-def batches_of(data: Data, schedule: Schedule, fresh: Iterator[Data] | None) -> Iterator[tuple[Data, Tensor | slice]]:
-    """For each step, of which data which rows: those there are again and again, or once and then fresh ones."""
+def batches_of(
+    data: Data, schedule: Schedule, fresh: Iterator[Data] | None, tokens: Int64[Tensor, ""]
+) -> Iterator[tuple[Data, Tensor | slice]]:
+    """For each step, of which data which rows: those there are again and again, or once and then fresh ones.
+
+    `tokens` grows by the counted positions of each that is taken.
+    """
+    taken: Iterator[tuple[Data, Tensor | slice]]
+    size = schedule.batch
     if fresh is None:
-        for rows in row_order(data.train, schedule.batch, schedule.seed + data.ranks.rank):
-            yield data, rows.to(data.inputs.device)
+        order = row_order(data.train, size, schedule.seed + data.ranks.rank)
+        taken = ((data, rows.to(tokens.device)) for rows in order)
     else:
-        for part in chain([data], fresh):
-            for start in range(0, part.train - schedule.batch + 1, schedule.batch):
-                yield part, slice(start, start + schedule.batch)
+        starts = ((part, start) for part in chain([data], fresh) for start in range(0, part.train - size + 1, size))
+        taken = ((part, slice(start, start + size)) for part, start in starts)
+    for part, rows in taken:
+        tokens.add_((part.weights[rows] > 0).sum())
+        yield part, rows
 
 
 @dataclass(frozen=True)
@@ -228,24 +237,24 @@ def fit(
     stage: Stage,
     units: float = 1,
     fresh: Iterator[Data] | None = None,
+    halfway: Halfway | None = None,
 ) -> Fitted:
     """Learns the quantizers of a window and keeps the iterate that the schedule chooses.
 
     `stage` advances by `units` a step. With `fresh` data, which come after those there are, no row is learned from
-    twice.
+    twice. `halfway` keeps how far it is.
 
     Errors: MachineError, naming the layer, where a parameter stops being a number.
     """
     if not quantizers:  # every slot of the window is kept in full precision
         return Fitted({}, Course([], [], 0, None), 0)
-    forward, batches = window.learn(quantizers), batches_of(data, schedule, fresh)
+    forward = window.learn(quantizers)
     tokens = torch.zeros((), dtype=torch.int64, device=data.inputs.device)
     parameters = [(role, p) for q in quantizers.values() for role, own in q.groups().items() for p in own]
     data.ranks.same(tensor for q in quantizers.values() for tensor in q.state_dict().values())
 
-    def learn(step: int) -> Tensor:
-        part, rows = next(batches)
-        tokens.add_((part.weights[rows] > 0).sum())
+    def learn(step: int, batch: tuple[Data, Tensor | slice]) -> Tensor:
+        part, rows = batch
         student = forward(part.inputs[rows], step / schedule.steps)
         loss = objective.shared(part.taps(rows, student, head), data.ranks)
         loss.backward()
@@ -261,6 +270,7 @@ def fit(
 
     course = descend(
         parameters,
+        batches_of(data, schedule, fresh, tokens),
         learn,
         measure_held_out if data.held_out else None,
         lambda: _refuse_not_a_number(quantizers),
@@ -268,6 +278,7 @@ def fit(
         stage,
         units,
         after_step,
+        halfway,
     )
     return Fitted(
         {slot: quantizer.freeze() for slot, quantizer in quantizers.items()},

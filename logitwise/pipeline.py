@@ -15,6 +15,7 @@ from typing import Any
 from logitwise.allocation import with_bits
 from logitwise.calibrate import RunRows, rows_of_run, split
 from logitwise.calibration import fresh_rows
+from logitwise.calibration.batches import keep_nothing
 from logitwise.calibration.rows import Rows
 from logitwise.fit import Window
 from logitwise.grid import Quantized
@@ -24,13 +25,14 @@ from logitwise.polish import POLISHED, Polish, Polished
 from logitwise.preflight import Job, check, check_shared
 from logitwise.probe import bytes_of_streams, try_memory
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
-from logitwise.ranks import Ranks, joined
+from logitwise.ranks import joined
 from logitwise.recipe import Choice, Recipe
 from logitwise.rewrites import READ_INPUTS
 from logitwise.rewriting import rewritten_job
 from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain
 from logitwise.skeleton import Slot, load_whole
 from logitwise.stream import Walk
+from logitwise.unfinished import batches, halfway
 from logitwise.watch import SILENT, Watcher
 from logitwise.windows import NUMERICS, Step, made_by_mse, plan_steps
 from logitwise.writing import read_report, write
@@ -185,7 +187,8 @@ def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, 
         return chain(data.train[:count].digest(), held_out=data.held_out.digest())
 
     steps = plan_steps(recipe, len(job.skeleton), root, digest, most)
-    fresh = _fresh(job, recipe, recipe.batch_last or recipe.batch, ranks) if recipe.fresh_last else None
+    batch = recipe.batch_last or recipe.batch
+    fresh = _fresh(job, recipe, batch, folder, steps[-1].key) if recipe.fresh_last else None
     held_out = ranks.count(len(data.held_out))
     last = [step for step in steps if step.refit and not folder.has(step.key)]
     if last and job.skeleton.device.type in TRIED_ON:  # what does not fit is to show in the first minute, not the last
@@ -241,8 +244,8 @@ def _polish(
             own = [part[ranks.share(len(part))] for part in (train, data.held_out)]
             polish = Polish(job.skeleton, recipe, Rows.join(own), len(own[1]), codes, job.kept, ranks=ranks)
             batch = recipe.polish_batch or recipe.batch
-            fresh = _fresh(job, recipe, batch, ranks, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
-            folder.save_polished(key, polish.run(stage, fresh, folder.halfway(key)))
+            fresh = _fresh(job, recipe, batch, folder, key, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
+            folder.save_polished(key, polish.run(stage, fresh, halfway(folder, key)))
         del polish, fresh
         gc.collect()  # recorded blocks hold themselves in cycles
     polished = folder.load_polished(key)
@@ -257,13 +260,14 @@ def _say_flat(watcher: Watcher, what: str, flat: int | None, steps: int, tokens:
     watcher.say(f"{what}: {curve}; {tokens:,} tokens were learned from")
 
 
-def _fresh(job: Job, recipe: Recipe, batch: int, ranks: Ranks, after: int = 0) -> Iterator[Rows]:
+def _fresh(job: Job, recipe: Recipe, batch: int, folder: RunFolder, key: str, after: int = 0) -> Iterator[Rows]:
     """Calibration rows without end, those after so many parts; the whole model is loaded once, and let go with them."""
     loader = cache(lambda: load_whole(job.source, job.skeleton.device, job.skeleton.dtype))
     asked = recipe.model_dump(include={"row_tokens", "seed", "temperature"})
-    tokenizer, rows = job.source.tokenizer(), ROWS_AT_A_TIME * ranks.count(batch)
-    parts = {"after": after + ranks.rank, "every": ranks.world}
-    return fresh_rows(recipe.calibration, tokenizer, loader, rows=rows, **parts, **asked)
+    ranks, tokenizer = folder.ranks, job.source.tokenizer()
+    keep = batches(folder, key) if ranks.world == 1 else keep_nothing  # ranks write at moments of their own
+    parts = {"rows": ROWS_AT_A_TIME * ranks.count(batch), "after": after + ranks.rank, "every": ranks.world}
+    return fresh_rows(recipe.calibration, tokenizer, loader, keep=keep, **parts, **asked)
 
 
 def _verdict(

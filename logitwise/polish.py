@@ -200,28 +200,18 @@ class Polish:
             seed=recipe.seed,
             until_flat=fresh is not None,
         )
-        batches = batches_of(data, schedule, None if fresh is None else (self._pass(rows, calls) for rows in fresh))
+        arriving = None if fresh is None else (self._pass(rows, calls) for rows in fresh)
         learnable, parameters = self._learnable(calls), list(self._parameters())
         tokens = torch.zeros((), dtype=torch.int64, device=self.skeleton.device)
-
-        def take() -> tuple[Data, Tensor | slice]:
-            part, rows = next(batches)
-            tokens.add_((part.weights[rows] > 0).sum())
-            return part, rows
-
-        def skip(steps: int) -> None:
-            for _ in range(steps):
-                take()
-
         course = descend(
             parameters,
-            lambda step: self._learn(*take(), learnable),
+            batches_of(data, schedule, arriving, tokens),
+            lambda step, batch: self._learn(*batch, learnable),
             (lambda: self._measure(data, calls)) if self.held_out else None,
             lambda: _refuse_not_a_number(parameters),
             schedule,
             stage,
             halfway=halfway,
-            skip=skip,
         )
         (learned,) = map(int, self.ranks.total(int(tokens)))
         return Polished(*self._outcome(), course.losses, course.held_out, course.kept, learned, course.flat)

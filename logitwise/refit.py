@@ -38,6 +38,7 @@ from logitwise.recipe import REFIT, Recipe
 from logitwise.runfolder import RunFolder, chain
 from logitwise.skeleton import Slot
 from logitwise.source import open_stored
+from logitwise.unfinished import halfway
 from logitwise.watch import SILENT, Watcher
 from logitwise.windows import NUMERICS, check_windows, final_blocks
 from logitwise.writing import REFIT_REPORT, read_back, write_changed
@@ -248,7 +249,7 @@ def _fit(
     objective = OBJECTIVES[recipe.objective](**recipe.objective_settings)
     of_them = f"the last {len(blocks)} blocks" if len(blocks) > 1 else "the last block"
     with watcher.stage(f"Refitting {of_them}", recipe.steps) as stage:
-        fitted = fit(window, dict(quantizers), objective, head, given, schedule, stage)
+        fitted = fit(window, dict(quantizers), objective, head, given, schedule, stage, halfway=halfway(folder, key))
     codes = {slot.name: quantized for slot, quantized in fitted.quantized.items()}
     folder.save(key, codes, {"blocks": [blocks[0], blocks[-1]], **vars(fitted.course), "tokens": fitted.tokens})
     del window, quantizers, fitted
@@ -277,7 +278,7 @@ def _polish(
     if not folder.has(key):
         with watcher.stage("Polishing all scales", recipe.polish_steps) as stage:
             polish = Polish(pair.student, recipe, rows, len(data.held_out), stored, pair.kept, pair.teacher)
-            folder.save_polished(key, polish.run(stage, halfway=folder.halfway(key)))
+            folder.save_polished(key, polish.run(stage, halfway=halfway(folder, key)))
         del polish
         gc.collect()
     polished = folder.load_polished(key)

@@ -2,6 +2,8 @@
 
 A window's key is a hash of the key before it and of everything that decides its own result, so that a run finds the
 longest prefix that is still valid. Resuming, changing the last window and making a variant are one thing.
+
+What there is of an unfinished part (unfinished.py) has keys that begin with the part's, and goes when that is finished.
 """
 
 import hashlib
@@ -19,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from logitwise.calibration.rows import Rows
-from logitwise.descent import Halfway
 from logitwise.errors import MachineError, OutputError
 from logitwise.grid import Grid, Quantized
 from logitwise.polish import Polished
@@ -32,7 +33,6 @@ PARTS = ("codes", "scale", "zero", "minimum")
 
 POLISH_FIGURES = ("losses", "held_out", "kept", "tokens", "flat")
 """What the record of a polish holds."""
-
 
 LOCK = "lock"
 
@@ -88,7 +88,7 @@ class RunFolder:
         for name, parts in (state or {}).items():
             # Copies, since a scale that nothing was learned of is the one that is stored.
             tensors |= {f"{name}:state:{part}": tensor.clone() for part, tensor in parts.items()}
-        self._write(key, tensors, record)
+        self._finish(key, tensors, record)
 
     def load_state(self, key: str, name: str, quantizer: nn.Module) -> None:
         """Puts what was learned for a slot into its quantizer; what was not stored stays as it is."""
@@ -118,16 +118,7 @@ class RunFolder:
         """A finished polish."""
         kinds = {"scale": polished.scales, "minimum": polished.minima, "vector": polished.vectors}
         tensors = {f"{kind}:{name}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
-        self._write(key, tensors, {name: getattr(polished, name) for name in POLISH_FIGURES})
-
-    def halfway(self, key: str) -> Halfway:
-        """Where the descent of an unfinished part keeps how far it is."""
-        own = chain(key, part="halfway")
-
-        def load() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-            return (load_file(self.path / f"{own}.safetensors"), self.record(own)) if self.has(own) else None
-
-        return Halfway(lambda tensors, figures: self._write(own, tensors, figures), load)
+        self._finish(key, tensors, {name: getattr(polished, name) for name in POLISH_FIGURES})
 
     def load_polished(self, key: str) -> Polished:
         """A finished polish."""
@@ -143,7 +134,7 @@ class RunFolder:
     def save_changes(self, key: str, changes: Changes, record: dict[str, Any]) -> None:
         """What finished rewrites changed."""
         parts = vars(changes).items()
-        self._write(key, {f"{part}:{name}": x for part, found in parts for name, x in found.items()}, record)
+        self._finish(key, {f"{part}:{name}": x for part, found in parts for name, x in found.items()}, record)
 
     def load_changes(self, key: str) -> Changes:
         """What finished rewrites changed."""
@@ -160,7 +151,7 @@ class RunFolder:
             for part, found in (("rows", rows), ("held_out", held_out))
             for name, tensor in vars(found).items()
         }
-        self._write(key, tensors, record)
+        self._finish(key, tensors, record)
 
     def load_rows(self, key: str) -> tuple[Rows, Rows]:
         """Calibration and held-out rows."""
@@ -173,11 +164,41 @@ class RunFolder:
 
     def save_tensors(self, key: str, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
         """Any other finished part: tensors by name, and a record of JSON values."""
-        self._write(key, dict(tensors), record)
+        self._finish(key, dict(tensors), record)
 
     def load_tensors(self, key: str) -> dict[str, Tensor]:
         """The tensors of a finished part."""
         return load_file(self.path / f"{key}.safetensors")
+
+    def write(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Both files of a part, each whole or not there, whatever happens to process or machine; the JSON is last."""
+        if self.ranks.first:
+            self._write_files(key, tensors, record)
+        self.ranks.wait()
+
+    def _write_files(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        self._make()
+        partial = self.path / f"{key}.partial"
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+            self._settle(partial, f"{key}.safetensors")
+            record = json.loads(json.dumps(record))
+            content = {"sha256": self._digest(key, record), "record": record}
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            self._settle(partial, f"{key}.json")
+        except (OSError, SafetensorError) as error:  # the second where safetensors itself cannot write
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise self._not_written(error) from error
+        self._whole.add(key)
+
+    def discard(self, keys: str, but: str = "") -> None:
+        """The files of parts whose keys this pattern describes go, but those of one; one that stays does no harm."""
+        for file in self.path.glob(keys):
+            if file.stem != but:
+                self._whole.discard(file.stem)
+                with suppress(OSError):
+                    file.unlink()
 
     def note(self, name: str, text: str) -> None:
         """A file for people."""
@@ -258,27 +279,11 @@ class RunFolder:
         digest.update(json.dumps(record, sort_keys=True).encode())
         return digest.hexdigest()
 
-    def _write(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Both files of a part, each whole or not there, whatever happens to process or machine; the JSON is last."""
+    def _finish(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """A finished part; what there was of it unfinished goes."""
+        self.write(key, tensors, record)
         if self.ranks.first:
-            self._write_files(key, tensors, record)
-        self.ranks.wait()
-
-    def _write_files(self, key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        self._make()
-        partial = self.path / f"{key}.partial"
-        try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-            self._settle(partial, f"{key}.safetensors")
-            record = json.loads(json.dumps(record))
-            content = {"sha256": self._digest(key, record), "record": record}
-            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            self._settle(partial, f"{key}.json")
-        except (OSError, SafetensorError) as error:  # the second where safetensors itself cannot write
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise self._not_written(error) from error
-        self._whole.add(key)
+            self.discard(f"{key}-*")
 
     def _settle(self, partial: Path, name: str) -> None:
         """Gives a file its name once its content is on the disk."""

@@ -30,6 +30,7 @@ from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder
 from logitwise.skeleton import Call, Head, Skeleton, Slot
 from logitwise.stages import Part, fit_parts, parts_of
+from logitwise.unfinished import halfway
 from logitwise.watch import Stage, Watcher
 from logitwise.windows import Step, made_by_mse
 
@@ -143,7 +144,7 @@ class Walk:
         quantized = {slot: q for part in early for slot, q in part.quantized.items()}
         rest = window.fixing({slot: q.dequantize() for slot, q in quantized.items()})
         own = {slot: quantizers[slot] for slot in rest.slots}
-        fitted = fit(rest, own, objective, head, data, schedule, stage, per_step, fresh)
+        fitted = fit(rest, own, objective, head, data, schedule, stage, per_step, fresh, halfway(self.folder, step.key))
         quantized |= fitted.quantized
         seconds = time.monotonic() - began
         record = dict(

@@ -1,5 +1,6 @@
 """The command line in processes that can be killed or starved, forked from one that has imported everything."""
 
+import json
 import multiprocessing
 import os
 import resource
@@ -16,11 +17,11 @@ from pathlib import Path
 import transformers.models.llama.modeling_llama  # noqa: F401 (transformers loads it late)
 from source_files import llama_config, random_model, save
 
-from logitwise import cli, evaluation, pipeline, refit  # noqa: F401 (the command line loads them late)
+from logitwise import cli, evaluation, pipeline, refit, unfinished  # noqa: F401 (the command line loads them late)
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
-HEARD, COUNTED = "heard.txt", "changes.txt"
-"""What the last process said, and how often it changed something on the disk, where it ended by itself."""
+HEARD, COUNTED = "heard.txt", "changes.json"
+"""What the last process said, and what it changed on the disk, in order, where it ended by itself."""
 SETTINGS = (
     *("bits=3", "group_size=16", "rows=6", "held_out=4", "row_tokens=32", "steps=6", "batch=2", "checks=2"),
     *("polish=true", "polish_steps=6"),
@@ -86,13 +87,13 @@ def _run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     heard = os.open(heard_by(int(environment["RANK"])) if environment else HEARD, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(heard, 1), os.dup2(heard, 2)
-    changes = 0
+    unfinished.SECONDS = 0.0  # here nothing takes long
+    changes: list[str] = []
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal changes
         if event in CHANGES or (event == "open" and set(str(arguments[1])) & set("wax+")):
-            changes += 1
-            if last_change is None or changes < last_change or arguments[0] == COUNTED:
+            changes.append(str(arguments[0]))
+            if last_change is None or len(changes) < last_change or arguments[0] == COUNTED:
                 return
             if fault is None:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -105,7 +106,7 @@ def _run(
         cli.main()
     finally:
         with suppress(OSError), open(COUNTED, "w", encoding="utf-8") as file:
-            file.write(str(changes))
+            json.dump(changes[:-1], file)  # the last is this file
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,12 @@ class Undisturbed:
 
     Args:
         files: its checkpoint.
-        changes: how often it changes the disk.
+        changes: what it changes on the disk, in order.
         seconds: how long it takes.
     """
 
     files: dict[str, bytes]
-    changes: int
+    changes: list[str]
     seconds: float
 
 
@@ -141,7 +142,13 @@ def run_undisturbed(place: Path) -> Undisturbed:
     assert process.exitcode == 0, (place / HEARD).read_text()
     files = contents(place / "out")
     shutil.rmtree(place / "out")
-    return Undisturbed(files, int((place / COUNTED).read_text()), seconds)
+    return Undisturbed(files, changes_of(place), seconds)
+
+
+def changes_of(place: Path) -> list[str]:
+    """What the last process changed on the disk, in order; it ended by itself."""
+    changes: list[str] = json.loads((place / COUNTED).read_text())
+    return changes
 
 
 def contents(out: Path) -> dict[str, bytes]:

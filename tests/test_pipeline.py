@@ -14,11 +14,13 @@ from source_files import llama_config, random_model, save, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitwise
-from logitwise import pipeline, probe, stream
+from logitwise import pipeline, probe, stream, unfinished
+from logitwise.calibration import generate
 from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError, FormatError, InputError, MachineError, OutputError, SourceError
 from logitwise.evaluation import evaluate, measure_models
 from logitwise.fit import Data, fit
+from logitwise.objectives.lfq import LogitAware
 from logitwise.polish import Polish
 from logitwise.quantizers import INFORMED
 from logitwise.runfolder import RunFolder
@@ -515,7 +517,8 @@ def test_a_polish_that_stopped_goes_on_and_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     fresh: bool,
 ) -> None:
-    """Of 12 steps 10 are done, and how far it was is kept after 9, in a file that the finished polish outlives."""
+    """Of 12 steps 10 are done, and how far it was is kept after 9."""
+    monkeypatch.setattr(unfinished, "SECONDS", 0.0)
     changes = {"calibration": "self", "rows": 12, "held_out": 4, "row_tokens": 48, "checks": 4, "temperature": 1.5}
     asked = logitwise.Recipe.load(
         None, **{**TINY, **changes, "polish": True, "polish_steps": 12, "polish_fresh": fresh}
@@ -540,6 +543,43 @@ def test_a_polish_that_stopped_goes_on_and_gives_the_same_bytes(
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
     assert one == other
     assert not (tmp_path / "out.run").exists()
+
+
+def test_a_fit_of_the_final_blocks_that_stopped_goes_on_and_gives_the_same_bytes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped in its last step; of the steps before the last check, and of the fresh text, none is made again."""
+    monkeypatch.setattr(unfinished, "SECONDS", 0.0)
+    changes = {"calibration": "self", "rows": 12, "held_out": 4, "row_tokens": 48, "checks": 4, "temperature": 1.5}
+    asked = logitwise.Recipe.load(None, **{**TINY, **changes, "steps": 1, "steps_last": 12, "fresh_last": True})
+    true_loss, steps = LogitAware.loss, []
+    true_answer, batches = generate.answer, []
+
+    def stopping(*given):  # type: ignore[no-untyped-def]
+        steps.append(1)
+        if len(steps) == last:
+            raise KeyboardInterrupt
+        return true_loss(*given)
+
+    def counting(*given):  # type: ignore[no-untyped-def]
+        batches.append(1)
+        return true_answer(*given)
+
+    monkeypatch.setattr(generate, "answer", counting)
+    whole = logitwise.quantize(folder, tmp_path / "whole", asked)
+    last, in_one_go = len(whole.report["windows"][-1]["losses"]), len(batches)
+    monkeypatch.setattr(LogitAware, "loss", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        logitwise.quantize(folder, tmp_path / "out", asked)
+    steps.clear()
+    kept, last = max(check for check in (3, 6, 9) if check < last), 0
+    resumed = logitwise.quantize(folder, tmp_path / "out", asked)
+    assert len(steps) == len(whole.report["windows"][-1]["losses"]) - kept
+    assert len(batches) == 2 * in_one_go
+    for name in ("losses", "held_out", "kept", "tokens", "flat"):
+        assert resumed.report["windows"][-1][name] == whole.report["windows"][-1][name]
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
+    assert one == other
 
 
 def test_the_models_own_text_and_the_first_row_are_kept(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from logitwise.calibration.batches import Keep, keep_nothing
 from logitwise.calibration.datasets import check_installed, read_datasets
 from logitwise.calibration.generate import write_answers
 from logitwise.calibration.holdout import set_aside
@@ -75,6 +76,7 @@ def documents_of(
     seed: int,
     temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
+    keep: Keep = keep_nothing,
 ) -> list[Document]:
     """The documents that a spec (self, self:FILE, server:URL, text:FILE, jsonl:FILE, hf:NAME) stands for.
 
@@ -83,6 +85,7 @@ def documents_of(
         tokens: how many to write or to fetch; files are read whole.
         temperature: of the sampling, where text is written.
         progress: called with the tokens written and `tokens`.
+        keep: where batches of answers are kept, where text is written.
 
     Errors: CalibrationError for an unknown kind, or text that cannot be read.
     """
@@ -103,6 +106,7 @@ def documents_of(
                 temperature=temperature,
                 seed=seed,
                 progress=progress,
+                keep=keep,
             )
         case "server", url:
             return ask_answers(
@@ -114,6 +118,7 @@ def documents_of(
                 temperature=temperature,
                 seed=seed,
                 progress=progress,
+                keep=keep,
             )
         case "text", file:
             return read_text(Path(file), tokenizer)
@@ -134,6 +139,7 @@ def prepare(
     seed: int,
     temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
+    keep: Keep = keep_nothing,
 ) -> Calibration:
     """Rows to fit on and held-out rows; at most `rows` and `held_out` of `row_tokens` tokens.
 
@@ -145,7 +151,7 @@ def prepare(
     # A row more for each side: documents are set aside whole.
     tokens = (rows + held_out + 2) * row_tokens
     documents = documents_of(
-        spec, tokenizer, model_loader, tokens=tokens, seed=seed, temperature=temperature, progress=progress
+        spec, tokenizer, model_loader, tokens=tokens, seed=seed, temperature=temperature, progress=progress, keep=keep
     )
     total = sum(len(document.ids) for document in documents)
     least = row_tokens + 1  # a row and the token that follows it
@@ -190,6 +196,7 @@ def fresh_rows(
     temperature: float = 1.0,
     after: int = 0,
     every: int = 1,
+    keep: Keep = keep_nothing,
 ) -> Iterator[Rows]:
     """New rows without end, `rows` at a time: the model, or the server, goes on answering prompts.
 
@@ -211,7 +218,9 @@ def fresh_rows(
     for part in count(after + 1, every):
         tokens = (rows + 1) * row_tokens
         own = (seed + 1) * 1_000_003 + part
-        pending += documents_of(spec, tokenizer, model_loader, tokens=tokens, seed=own, temperature=temperature)
+        pending += documents_of(
+            spec, tokenizer, model_loader, tokens=tokens, seed=own, temperature=temperature, keep=keep
+        )
         packed = pack(pending, separator, row_tokens)
         if len(packed) >= rows:
             pending = []

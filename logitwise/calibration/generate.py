@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from logitwise.calibration.batches import Keep, answers_of, keep_nothing
 from logitwise.calibration.chat import prompt_ids
 from logitwise.calibration.rows import Document
 from logitwise.errors import CalibrationError
@@ -66,6 +67,7 @@ def write_answers(
     temperature: float = 1.0,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    keep: Keep = keep_nothing,
 ) -> list[Document]:
     """Documents of a prompt and the model's answer to it; only the answer counts, its end token included.
 
@@ -80,6 +82,7 @@ def write_answers(
         batch: prompts answered at a time.
         temperature: of the sampling; 0 takes the most likely token.
         progress: called after each step with the tokens written and `tokens`.
+        keep: where answered batches are kept, and the generator's state after each.
 
     Returns: the documents, in an order that has nothing to do with their length.
 
@@ -103,10 +106,12 @@ def write_answers(
             if written >= tokens:
                 break
             advance = progress and partial(report, progress, written, tokens)
-            answers = answer(model, part, ends, answer_tokens, tokens - written, sampler, advance)
-            for prompt, ids in zip(part, answers, strict=True):
+            write = partial(answer, model, part, ends, answer_tokens, tokens - written, sampler, advance)
+            for prompt, ids in zip(part, answers_of(part, write, keep, sampler.generator), strict=True):
                 documents.append(Document(prompt + ids, [False] * len(prompt) + [True] * len(ids)))
                 written += len(documents[-1].ids)
+            if progress is not None:
+                report(progress, written, tokens, 0)
     shuffle.shuffle(documents)
     return documents
 

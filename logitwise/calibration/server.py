@@ -7,12 +7,14 @@ here; where it ended by itself, the token that ends an answer is put after it.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
+from logitwise.calibration.batches import Keep, answers_of, keep_nothing
 from logitwise.calibration.chat import prompt_ids, text_ids
 from logitwise.calibration.rows import Document
 from logitwise.errors import CalibrationError, MachineError
@@ -52,6 +54,7 @@ def ask_answers(
     temperature: float,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    keep: Keep = keep_nothing,
 ) -> list[Document]:
     """Documents of a prompt and the server's answer to it; only the answer counts, its end token included.
 
@@ -63,34 +66,37 @@ def ask_answers(
         temperature: of the sampling.
         seed: of the sampling, where the server heeds it.
         progress: called with the tokens there and `tokens`.
+        keep: where answers are kept, as many at a time as are asked at once.
 
     Errors: MachineError where the server stops answering.
     """
     client, model = _client(url), served_model(url)
     from openai import OpenAIError
 
-    def ask(numbered: tuple[int, str]) -> Document:
+    def ask(numbered: tuple[int, list[int]]) -> list[int]:
         number, prompt = numbered
-        before = prompt_ids(tokenizer, prompt)
         reply = client.completions.create(
-            model=model, prompt=before, max_tokens=answer_tokens, temperature=temperature, seed=seed + number
+            model=model, prompt=prompt, max_tokens=answer_tokens, temperature=temperature, seed=seed + number
         ).choices[0]
-        after = text_ids(tokenizer, reply.text, special=False)
+        ids = text_ids(tokenizer, reply.text, special=False)
         if reply.finish_reason == "stop" and tokenizer.eos_token_id is not None:
-            after.append(tokenizer.eos_token_id)
-        return Document(before + after, [False] * len(before) + [True] * len(after))
+            ids.append(tokenizer.eos_token_id)
+        return ids
+
+    def ask_all(part: list[tuple[int, list[int]]]) -> list[list[int]]:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(ask, part))
 
     documents: list[Document] = []
     written = 0
-    waiting = iter(enumerate(prompts))
+    waiting = enumerate(prompt_ids(tokenizer, prompt) for prompt in prompts)
     try:
         for part in _parts(waiting):
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                for document in pool.map(ask, part):
-                    documents.append(document)
-                    written += len(document.ids)
-                    if progress is not None:
-                        progress(min(written, tokens), tokens)
+            for (_, prompt), ids in zip(part, answers_of(part, partial(ask_all, part), keep), strict=True):
+                documents.append(Document(prompt + ids, [False] * len(prompt) + [True] * len(ids)))
+                written += len(documents[-1].ids)
+            if progress is not None:
+                progress(min(written, tokens), tokens)
             if written >= tokens:
                 break
     except OpenAIError as error:
@@ -102,7 +108,7 @@ def ask_answers(
     return documents
 
 
-def _parts(waiting: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+def _parts(waiting: Iterator[tuple[int, list[int]]]) -> Iterator[list[tuple[int, list[int]]]]:
     """Prompts, as many at a time as are asked at once."""
     while part := list(islice(waiting, AT_ONCE)):
         yield part

@@ -1,13 +1,14 @@
 """Answers from a server, against a stand-in of one on this machine, asked by the real client."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from typing import Any
 
 import pytest
 from source_files import tokenizer
+from torch import Tensor
 
 from logitwise.calibration import check_spec, prepare
 from logitwise.calibration.chat import prompt_ids
@@ -125,3 +126,21 @@ def test_a_server_that_fails_in_the_middle_ends_the_run_to_be_resumed(url: str) 
         ask_answers(url, tokenizer(), ["a"] * 200, tokens=10**6, answer_tokens=9, temperature=1.0, seed=0)
     assert "out of memory" in str(caught.value)
     assert caught.value.exit_code == 1
+
+
+def test_answers_that_were_kept_are_not_asked_for_again(url: str) -> None:
+    kept: dict[str, dict[str, Tensor]] = {}
+
+    def keep(asked: Sequence[Any], write: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if (key := json.dumps(asked)) not in kept:
+            kept[key] = write()
+        return kept[key]
+
+    prompts, settings = [f"prompt {n}" for n in range(40)], dict(tokens=10**6, answer_tokens=9, temperature=1.0, seed=0)
+    whole = ask_answers(url, tokenizer(), prompts, **settings)
+    Server.asked, Server.fails_after = [], 36
+    with pytest.raises(MachineError, match="stopped answering after 32 answers"):
+        ask_answers(url, tokenizer(), prompts, keep=keep, **settings)
+    Server.asked, Server.fails_after = [], 10**9
+    assert ask_answers(url, tokenizer(), prompts, keep=keep, **settings) == whole
+    assert len(Server.asked) == 40 - 32
