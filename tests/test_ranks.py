@@ -217,7 +217,9 @@ def test_two_processes_make_one_checkpoint_and_the_same_again(place: Path) -> No
 
 def test_a_lost_process_ends_the_run_and_another_number_goes_on(place: Path) -> None:
     first, second = start_ranks(place, (*QUANTIZE, "--set", "steps=200"), 2)
-    while len([file for file in (place / "out.run").glob("*.json") if "-" not in file.stem]) < 2:  # the text, and a block
+    while (
+        len([file for file in (place / "out.run").glob("*.json") if "-" not in file.stem]) < 2
+    ):  # the text, and a block
         time.sleep(0.02)
     second.kill()
     first.join(60)
