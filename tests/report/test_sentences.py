@@ -19,7 +19,9 @@ def model(
         "name": name,
         "original": False,
         "size": {"size_bytes": size, "bits_per_weight": 3.3, "bits_per_parameter": 5.0},
+        "served": None,
         "tokens": {
+            "coarse": None,
             "kl": {"mean": figure(kl), "median": kl / 9, "p90": 2 * kl, "p99": 9 * kl},
             "reverse_kl": {"mean": figure(1.1 * kl), "median": kl / 9, "p90": 2 * kl, "p99": 9 * kl},
             "top1": figure(1 - decided * 3),

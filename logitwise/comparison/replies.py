@@ -1,0 +1,105 @@
+"""The log-probabilities of a prompt's tokens as servers write them, read as token ids.
+
+`prompt_logprobs` (vLLM) names tokens by their ids. The older `echo` names them by their texts, which several tokens may
+share: a text counts where it is that of one token alone, and the others are among those not named.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+from logitwise.calibration.chat import text_ids
+
+if TYPE_CHECKING:
+    from openai.types import Completion
+
+Named = list[tuple[int, float]]
+"""The tokens named at a position with their log-probabilities, the likeliest first."""
+
+LEAST = -9999.0
+"""For a probability of 0, as vLLM writes it."""
+
+
+class Pieces:
+    """The text of each token, as it stands inside a text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """By token id; after a letter, since some tokenizers drop a space at the start of a text."""
+        before = text_ids(self.tokenizer, "a", special=False)
+        skipped = len(str(self.tokenizer.decode(before)))
+        pairs = [[*before, token] for token in range(len(self.tokenizer))]
+        return [text[skipped:] for text in self.tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False)]
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Of the texts that one token alone has."""
+        count = Counter(self.texts)
+        return {text: token for token, text in enumerate(self.texts) if count[text] == 1}
+
+    def same(self, token: int, text: str) -> bool:
+        """Whether a server's text can be that of a token: special ones may be left out, parts of a character differ."""
+        own = self.texts[token]
+        return own == text or "\ufffd" in own or (not text and token in self.tokenizer.all_special_ids)
+
+
+def by_ids(reply: "Completion", ids: Sequence[int]) -> list[Named | None] | None:
+    """What is said of each token of a prompt but the first, from `prompt_logprobs`; None where it is not there."""
+    found = (reply.choices[0].model_extra or {}).get("prompt_logprobs")
+    if not found or len(found) != len(ids):
+        return None
+    named: list[Named | None] = []
+    for token, said in zip(ids[1:], found[1:], strict=True):
+        named.append(_likeliest_first({int(key): _finite(value["logprob"]) for key, value in said.items()}))
+        if token not in dict(named[-1] or ()):
+            return None
+    return named
+
+
+def by_texts(reply: "Completion", ids: Sequence[int], pieces: Pieces, bos: int | None) -> list[Named | None] | None:
+    """The same from `echo`; None where it is not there, or the prompt's tokens are others on the server.
+
+    A position is None where the likeliest token has a text that other tokens have too.
+    """
+    said = reply.choices[0].logprobs
+    if said is None or not said.tokens or not said.token_logprobs or not said.top_logprobs:
+        return None
+    written = reply.usage.completion_tokens if reply.usage else 1
+    echoed = len(said.tokens) - written
+    if echoed == len(ids) - 1 and ids[0] == bos:  # a server may leave the BOS out
+        start = 0
+    elif echoed == len(ids):
+        start = 1
+    else:
+        return None
+    where = slice(start, echoed)
+    texts, own, tops = said.tokens[where], said.token_logprobs[where], said.top_logprobs[where]
+    if not all(pieces.same(token, text) for token, text in zip(ids[1:], texts, strict=True)):
+        return None
+    return [
+        _named(token, value, top, pieces) if value is not None and top is not None else None
+        for token, value, top in zip(ids[1:], own, tops, strict=True)
+    ]
+
+
+def _named(token: int, value: float, top: dict[str, float], pieces: Pieces) -> Named | None:
+    """One position, from the texts of its likeliest tokens and the log-probability of the token that is there."""
+    value = _finite(value)
+    named = {pieces.ids[text]: _finite(said) for text, said in top.items() if text in pieces.ids}
+    ranked = _likeliest_first({**named, token: value})
+    return None if ranked[0][1] < max(map(_finite, top.values()), default=LEAST) else ranked
+
+
+def _likeliest_first(named: dict[int, float]) -> Named:
+    return sorted(named.items(), key=lambda entry: -entry[1])
+
+
+def _finite(value: float) -> float:
+    return max(value, LEAST) if math.isfinite(value) else LEAST
