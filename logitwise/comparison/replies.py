@@ -72,25 +72,26 @@ def by_texts(reply: "Completion", ids: Sequence[int], pieces: Pieces, bos: int |
     if said is None or not said.tokens or not said.token_logprobs or not said.top_logprobs:
         return None
     written = reply.usage.completion_tokens if reply.usage else 1
-    echoed = len(said.tokens) - written
-    if echoed == len(ids) - 1 and ids[0] == bos:  # a server may leave the BOS out
-        start = 0
-    elif echoed == len(ids):
-        start = 1
-    else:
+    echoed = list(zip(said.tokens, said.token_logprobs, said.top_logprobs, strict=False))
+    echoed = echoed[: len(said.tokens) - written]
+    shown = [token for token in ids if token != bos]
+    if len(echoed) == len(ids):
+        shown, echoed = list(ids[1:]), echoed[1:]
+    elif len(echoed) != len(shown) or ids[0] != bos:  # llama-cpp-python leaves out every BOS, where one comes first
         return None
-    where = slice(start, echoed)
-    texts, own, tops = said.tokens[where], said.token_logprobs[where], said.top_logprobs[where]
-    if not all(pieces.same(token, text) for token, text in zip(ids[1:], texts, strict=True)):
+    if not all(pieces.same(token, text) for token, (text, *_) in zip(shown, echoed, strict=True)):
         return None
-    return [
-        _named(token, value, top, pieces) if value is not None and top is not None else None
-        for token, value, top in zip(ids[1:], own, tops, strict=True)
-    ]
+    named = [_named(token, value, top, pieces) for token, (_, value, top) in zip(shown, echoed, strict=True)]
+    if len(named) == len(ids) - 1:
+        return named
+    waiting = iter(named)
+    return [None if token == bos else next(waiting) for token in ids[1:]]
 
 
-def _named(token: int, value: float, top: dict[str, float], pieces: Pieces) -> Named | None:
+def _named(token: int, value: float | None, top: dict[str, float] | None, pieces: Pieces) -> Named | None:
     """One position, from the texts of its likeliest tokens and the log-probability of the token that is there."""
+    if value is None or top is None:
+        return None
     value = _finite(value)
     named = {pieces.ids[text]: _finite(said) for text, said in top.items() if text in pieces.ids}
     ranked = _likeliest_first({**named, token: value})
