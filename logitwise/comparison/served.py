@@ -71,7 +71,7 @@ class Served:
         name: in the report.
         url: of the server, up to /v1.
         model: its id there.
-        tokenizer: full precision's.
+        pieces: the texts of full precision's tokens.
         prompts: how a prompt is sent: IDS, TEXT, TEXT_AFTER_BOS or CHAT.
         log_probabilities: how those of a prompt are asked for, PROMPT_LOGPROBS or ECHO; None: the server gives none.
         likeliest: how many tokens it names at each position.
@@ -83,13 +83,18 @@ class Served:
     name: str
     url: str
     model: str
-    tokenizer: PreTrainedTokenizerBase
+    pieces: Pieces
     prompts: str = IDS
     log_probabilities: str | None = None
     likeliest: int = 0
     says_ids: bool = False
     room: int | None = None
     digest: str = ""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Full precision's."""
+        return self.pieces.tokenizer
 
     @property
     def address(self) -> str:
@@ -133,7 +138,7 @@ class Served:
                 more = {"prompt_logprobs": self.likeliest}
                 return by_ids(self._client.completions.create(**given, extra_body=more), ids)
             reply = self._client.completions.create(**given, echo=True, logprobs=self.likeliest)
-            return by_texts(reply, ids, self._pieces, self.tokenizer.bos_token_id)
+            return by_texts(reply, ids, self.pieces, self.tokenizer.bos_token_id)
 
     def check_room(self, prompts: Sequence[Prompt], answer_tokens: int) -> None:
         """Refuses prompts and answers that are longer than the server reads.
@@ -151,10 +156,6 @@ class Served:
     @cached_property
     def _client(self) -> "OpenAI":
         return client_of(self.url)
-
-    @cached_property
-    def _pieces(self) -> Pieces:
-        return Pieces(self.tokenizer)
 
     def _sent(self, ids: Sequence[int]) -> Any:
         """A prompt as this server takes it."""
@@ -192,10 +193,13 @@ def open_served(spec: str, tokenizer: PreTrainedTokenizerBase, watcher: Watcher)
         spec: the address, up to /v1; after a #, the model's id where there are several.
         tokenizer: full precision's.
 
-    Errors: CalibrationError where no server answers; SourceError where it serves several models and none is chosen, or
-    nothing that it offers can be asked.
+    Errors: CalibrationError where no server answers; SourceError where the address is none, it serves several models
+    and none is chosen, or nothing that it offers can be asked.
     """
     url, _, chosen = spec.partition("#")
+    if not url.startswith(("http://", "https://")):
+        remedy = "give one such as --server http://localhost:8000/v1"
+        raise SourceError(f"{url!r} is no address of a server", "it begins with neither http:// nor https://", remedy)
     rooms = {model.id: (model.model_extra or {}).get("max_model_len") for model in served_models(url)}
     offered = list(rooms)
     if chosen not in offered and (chosen or len(offered) > 1):
@@ -205,7 +209,8 @@ def open_served(spec: str, tokenizer: PreTrainedTokenizerBase, watcher: Watcher)
             f"name one of them after the address: --server {url}#{offered[0]}",
         )
     model = chosen or offered[0]
-    served = _with_log_probabilities(_with_prompts(Served(model, url, model, tokenizer, room=rooms[model]), watcher))
+    served = _with_prompts(Served(model, url, model, Pieces(tokenizer), room=rooms[model]), watcher)
+    served = _with_log_probabilities(served, watcher)
     prompt = _probe(tokenizer)
     reply = served.answer(prompt, PROBE_TOKENS, 0.0, 0)
     said = served.named(prompt.ids) if served.log_probabilities else None
@@ -251,7 +256,7 @@ def _with_prompts(served: Served, watcher: Watcher) -> Served:
     )
 
 
-def _with_log_probabilities(served: Served) -> Served:
+def _with_log_probabilities(served: Served, watcher: Watcher) -> Served:
     """Finds how the log-probabilities of a prompt are asked for, and of how many tokens; as it was where it is not."""
     if served.prompts == CHAT:
         return served
@@ -260,7 +265,8 @@ def _with_log_probabilities(served: Served) -> Served:
             tried = replace(served, log_probabilities=way, likeliest=likeliest)
             try:
                 named = tried.named(_probe(served.tokenizer).ids)
-            except LogitwiseError:  # more than the server allows, or than it can
+            except LogitwiseError as error:  # more than the server allows, or than it can
+                watcher.detail(f"{served.name}: no {likeliest} log-probabilities by {way}: {error.why}")
                 continue
             if named is None:
                 break

@@ -291,14 +291,16 @@ def test_another_model_behind_the_same_address_is_asked_again(place: Path, like_
     assert after["answers"]["identical"] == 1
 
 
-def refusals(url: str) -> list[tuple[str, type[LogitwiseError], str]]:
-    return [(url, SourceError, "reads at most 40 tokens"), ("http://127.0.0.1:9/v1", CalibrationError, "not answer")]
-
-
 def test_refused_before_any_work(place: Path, like_vllm: tuple[str, Engine]) -> None:
     url, engine = like_vllm
     engine.room = 40
-    for address, error, words in refusals(url):
+    refusals: list[tuple[str, type[LogitwiseError], str]] = [
+        (url, SourceError, "reads at most 40 tokens"),
+        ("http://127.0.0.1:9/v1", CalibrationError, "does not answer"),
+        ("localhost:8000/v1", SourceError, "is no address"),
+        ("", SourceError, "is no address"),
+    ]
+    for address, error, words in refusals:
         with pytest.raises(error, match=words) as caught:
             compared(place, [address], report="refused.html")
         assert caught.value.exit_code == 2
