@@ -27,6 +27,7 @@ class Engine:
         completions: there are completions, not chat alone.
         says_ids: answers come as token ids too.
         before: tokens put before a prompt that is text.
+        strict: settings that are not OpenAI's are refused.
         fails_after: so many requests are answered.
     """
 
@@ -41,6 +42,7 @@ class Engine:
     says_ids: bool = False
     before: tuple[int, ...] = ()
     room: int | None = None
+    strict: bool = False
     fails_after: int = 10**9
     asked: list[dict[str, Any]] = field(default_factory=list)
     lock: Any = field(default_factory=Lock)
@@ -51,6 +53,8 @@ class Engine:
             self.asked.append(body)
             if len(self.asked) > self.fails_after:
                 raise Refused("out of memory")
+            if self.strict and set(body) & {"repetition_penalty", "prompt_logprobs", "return_token_ids"}:
+                raise Refused("there is no such setting")
             if path.endswith("/chat/completions"):
                 return self.chat(body)
             if not self.completions:

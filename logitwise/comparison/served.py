@@ -5,7 +5,7 @@ the very same; else as text, where the server counts as many tokens; else as a m
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -32,10 +32,17 @@ LIKELIEST = (100, 20, 5, 1)
 """Tokens to be named at each position, the most that a server allows: vLLM allows 20 unless told otherwise."""
 
 PROBE = "What is the capital of France?"
-PROBE_TOKENS = 16
+PROBE_TOKENS = 64
 
-PLAIN = {"return_token_ids": True, "repetition_penalty": 1.0, "top_k": 0, "min_p": 0.0}
-"""For vLLM: answers as token ids, and no defaults of the model's generation config, which no other model here gets."""
+UNPENALIZED = {"repetition_penalty": 1.0, "repeat_penalty": 1.0}
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {**UNPENALIZED, "top_k": 0, "min_p": 0.0, "return_token_ids": True},
+    UNPENALIZED,
+    {},
+)
+"""Beyond OpenAI's own, the first that a server takes. Without them engines apply defaults that no other model here
+gets: vLLM those of generation_config.json, llama-cpp-python a penalty of 1.1 on what was written before. vLLM says
+answers as token ids if asked to."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Served:
         prompts: how a prompt is sent: IDS, TEXT, TEXT_AFTER_BOS or CHAT.
         log_probabilities: how those of a prompt are asked for, PROMPT_LOGPROBS or ECHO; None: the server gives none.
         likeliest: how many tokens it names at each position.
+        settings: those of SETTINGS that it takes.
         says_ids: whether it says the tokens of its answers.
         room: how many tokens it reads and writes at most; None where it does not say.
         digest: of what it says to one prompt: another model behind the same address is not taken for this one.
@@ -87,6 +95,7 @@ class Served:
     prompts: str = IDS
     log_probabilities: str | None = None
     likeliest: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
     says_ids: bool = False
     room: int | None = None
     digest: str = ""
@@ -108,14 +117,8 @@ class Served:
 
         Errors: MachineError.
         """
-        more: dict[str, Any] = PLAIN if self.log_probabilities == PROMPT_LOGPROBS else {}
-        manner: dict[str, Any] = {
-            "max_tokens": tokens,
-            "temperature": temperature,
-            "seed": seed,
-            "top_p": 1.0,
-            "extra_body": more,
-        }
+        manner: dict[str, Any] = {"max_tokens": tokens, "temperature": temperature, "seed": seed, "top_p": 1.0}
+        manner["extra_body"] = self.settings
         with _Asking(self):
             if self.prompts == CHAT:
                 message: Any = [{"role": "user", "content": prompt.words}]
@@ -225,7 +228,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> Prompt:
 
 
 def _with_prompts(served: Served, watcher: Watcher) -> Served:
-    """Finds how a prompt is sent.
+    """Finds how a prompt is sent, and with which settings.
 
     Errors: SourceError.
     """
@@ -234,11 +237,15 @@ def _with_prompts(served: Served, watcher: Watcher) -> Served:
     if served.tokenizer.chat_template:
         forms.append(CHAT)
     for form in forms:
-        tried = replace(served, prompts=form)
-        try:
-            read = tried.answer(prompt, 1, 0.0, 0).read
-        except LogitwiseError as error:
-            why = error.why
+        for settings in SETTINGS:
+            tried = replace(served, prompts=form, settings=settings)
+            try:
+                read = tried.answer(prompt, 1, 0.0, 0).read
+            except LogitwiseError as error:
+                why = error.why
+                continue
+            break
+        else:
             continue
         same = read == len(prompt.ids)
         if same or form == CHAT or (form == IDS and read is None):

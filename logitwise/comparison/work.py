@@ -112,7 +112,8 @@ class Work:
         said = ask_reported(served, self.prompts, answers.ids, self.folder, self.watcher)
         left_out = int((~said.told).sum())
         if left_out:
-            self.watcher.say(f"{served.name}: the server reads other tokens, or names none, at {left_out} positions")
+            why = "where the server reads other tokens, or does not tell which is the likeliest"
+            self.watcher.say(f"{served.name}: {left_out} positions are left out, {why}")
         if not said.told.any():
             return None
         teacher = teacher.only(said.told)

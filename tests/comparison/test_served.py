@@ -147,7 +147,8 @@ def test_few_named_tokens_bound_kl_and_leave_the_rest_exact(
     assert "nothing measured here speaks against w" in found["sentences"][4] or "think twice" in found["sentences"][4]
     assert "| w | - | - | ≥ " in summary_of(found)
     assert all(isinstance(body["prompt"], list) for body in engine.asked), "nothing but token ids was sent"
-    assert {body["repetition_penalty"] for body in engine.asked if "return_token_ids" in body} == {1.0}
+    penalties = {body.get("repeat_penalty") for body in engine.asked if not body.keys() & {"prompt_logprobs", "echo"}}
+    assert penalties == {1.0}, "no penalty that is the engine's default"
 
 
 def test_beside_a_checkpoint_of_the_same_name(place: Path, like_vllm: tuple[str, Engine]) -> None:
@@ -192,7 +193,7 @@ def test_a_bos_that_the_server_adds_is_not_sent(place: Path, engine: Engine) -> 
         assert opened.prompts == served.TEXT_AFTER_BOS
         named = opened.named([0, *tokenizer()("the hen")["input_ids"]])
     assert named is not None
-    assert not any(body["prompt"].startswith("<s>") for body in own.asked[3:] if isinstance(body["prompt"], str))
+    assert own.asked[-1]["prompt"] == "the hen"
 
 
 def test_without_log_probabilities_answers_alone_are_compared(
@@ -211,6 +212,13 @@ def test_without_log_probabilities_answers_alone_are_compared(
     assert any("only its answers are compared" in sentence for sentence in ears.heard)
     assert "by answers alone: w; its server gives no log-probabilities" in found["sentences"][0]
     assert "| w | - | - | - | - |" in summary_of(found)
+
+
+def test_a_server_of_openai_s_settings_alone(engine: Engine) -> None:
+    own = Engine(engine.model, engine.tokenizer, echo=True, strict=True)
+    with serving(own) as url:
+        opened = served.open_served(url, engine.tokenizer, Ears())
+    assert (opened.prompts, opened.settings, opened.log_probabilities) == (served.IDS, {}, served.ECHO)
 
 
 def test_full_precision_behind_a_server_is_itself(place: Path, engine: Engine) -> None:
