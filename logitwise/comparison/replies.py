@@ -40,8 +40,8 @@ class Pieces:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Of the texts that one token alone has."""
-        count = Counter(self.texts)
+        """Of the texts that one token alone has, also where a server leaves out parts of a character."""
+        count = Counter(text.replace("\ufffd", "") for text in self.texts)
         return {text: token for token, text in enumerate(self.texts) if count[text] == 1}
 
     def same(self, token: int, text: str) -> bool:
@@ -66,7 +66,7 @@ def by_ids(reply: "Completion", ids: Sequence[int]) -> list[Named | None] | None
 def by_texts(reply: "Completion", ids: Sequence[int], pieces: Pieces, bos: int | None) -> list[Named | None] | None:
     """The same from `echo`; None where it is not there, or the prompt's tokens are others on the server.
 
-    A position is None where the likeliest token has a text that other tokens have too.
+    A position is None where the likeliest token cannot be told, because its text is that of other tokens too.
     """
     said = reply.choices[0].logprobs
     if said is None or not said.tokens or not said.token_logprobs or not said.top_logprobs:
@@ -89,13 +89,18 @@ def by_texts(reply: "Completion", ids: Sequence[int], pieces: Pieces, bos: int |
 
 
 def _named(token: int, value: float | None, top: dict[str, float] | None, pieces: Pieces) -> Named | None:
-    """One position, from the texts of its likeliest tokens and the log-probability of the token that is there."""
+    """One position, from the texts of its likeliest tokens and the log-probability of the token that is there.
+
+    Of tokens with one text a server gives one alone, not always the likeliest; but none has more than what is left.
+    """
     if value is None or top is None:
         return None
     value = _finite(value)
     named = {pieces.ids[text]: _finite(said) for text, said in top.items() if text in pieces.ids}
     ranked = _likeliest_first({**named, token: value})
-    return None if ranked[0][1] < max(map(_finite, top.values()), default=LEAST) else ranked
+    left = 1 - sum(math.exp(said) for _, said in ranked)
+    hidden = any(text not in pieces.ids for text in top)
+    return None if hidden and math.exp(ranked[0][1]) < left else ranked
 
 
 def _likeliest_first(named: dict[int, float]) -> Named:

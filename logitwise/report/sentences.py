@@ -114,7 +114,8 @@ def advice(original: Json, ranked: list[Json]) -> str:
         sized = [model for model in fit if model["size"]]
         smallest = min(sized, key=lambda model: int(model["size"]["size_bytes"]), default=None)
         named = [f"{smallest['name']} ({megabytes(smallest)})"] if smallest else []
-        named += [model["name"] for model in fit if not model["size"]]
+        alone = " (judged by its answers alone)"
+        named += [f"{m['name']}{'' if m['tokens'] else alone}" for m in fit if not m["size"]]
         said.append(f"nothing measured here speaks against {listed(named)}")
     if unfit:
         said.append(

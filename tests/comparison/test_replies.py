@@ -64,8 +64,19 @@ def test_texts_of_several_tokens_name_none() -> None:
     pieces.texts = [*PIECES.texts[:-1], "c"]
     said = echoed(("a", None, None), ("b", -0.5, {"b": -0.5, "c": -1.5}))
     assert by_texts(said, [A, B], pieces, BOS) == [[(B, -0.5)]]
+    hidden = echoed(("a", None, None), ("b", -1.5, {"b": -1.5, "c": -9.0}))
+    assert by_texts(hidden, [A, B], pieces, BOS) == [None], "another c, not shown, may have all that is left"
+    assert by_texts(hidden, [A, B], PIECES, BOS) == [[(B, -1.5), (C, -9.0)]]
     assert pieces.same(A, "a")
     assert not pieces.same(A, "")
+
+
+def test_parts_of_characters_may_be_left_out_of_a_text() -> None:
+    """llama-cpp-python shows a token that is half a character and a comma as a comma."""
+    pieces = Pieces(WORDS)
+    pieces.texts = [*PIECES.texts[:-1], "\ufffdc"]
+    assert "c" not in pieces.ids
+    assert "\ufffdc" not in pieces.ids
 
 
 def test_positions_as_tensors() -> None:
