@@ -207,8 +207,12 @@ def evaluate(
 @app.command()
 def compare(
     original: Annotated[str, typer.Argument(metavar="FP", help="The full-precision model: folder, .gguf or hub id.")],
-    quantized: Annotated[list[str], typer.Argument(metavar="Q1 [Q2 ...]", help="Checkpoints made of it.")],
     report: Annotated[Path, typer.Option(help="The page to write; its figures go beside it as .json.")],
+    quantized: Annotated[list[str] | None, typer.Argument(metavar="[Q1 ...]", help="Checkpoints made of it.")] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL[#MODEL]", help="A server (.../v1) of a model made of it; may be given again."),
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="One prompt a line, or JSON lines (the package's own).")] = None,
     tasks: Annotated[str | None, typer.Option(help="JSON lines of prompt and answer, or problems: arithmetic.")] = None,
     extractor: Annotated[
@@ -225,15 +229,16 @@ def compare(
     verbose: Verbose = False,
     log: Log = None,
 ) -> None:
-    """What quantization did to the text that a model writes: KL, flips, answers, problems, on one page."""
+    """What quantization did to the text that a model writes, here or on a server: KL, flips, answers, on one page."""
     with _watching(quiet, verbose, log) as watcher:
         from logitwise.comparison import compare as run
         from logitwise.report.figures import show_compared
 
         found = run(
             original,
-            quantized,
+            quantized or [],
             report=report,
+            servers=server or [],
             prompts=prompts,
             tasks=tasks,
             extractor=extractor,

@@ -43,6 +43,7 @@ def tokens(kl: float) -> dict[str, Any]:
     flipped = {"share": figure(0.03), "decided": figure(0.004), "margin": None, "decided_margin": 0.5, "worst": [worst]}
     return {
         "tokens": 320,
+        "coarse": None,
         "kl": spread,
         "reverse_kl": spread,
         "top1": figure(0.97),
@@ -68,6 +69,7 @@ def model(name: str, kl: float | None, size: int) -> dict[str, Any]:
         "name": name,
         "original": kl is None,
         "size": {"size_bytes": size, "bits_per_weight": None if kl is None else 3.3, "bits_per_parameter": 5.0},
+        "served": None,
         "tokens": None if kl is None else tokens(kl),
         "answers": {
             "count": 10,
@@ -82,6 +84,20 @@ def model(name: str, kl: float | None, size: int) -> dict[str, Any]:
         },
         "tasks": None,
     }
+
+
+def served_model(name: str, kl: float | None) -> dict[str, Any]:
+    """A model behind a server, that says nothing of a prompt's probabilities where KL is None."""
+    made = model(name, kl, 0) | {"original": False, "size": None}
+    made["tokens"] = made["tokens"] and {**made["tokens"], "coarse": {"likeliest": 20, "left_out": 3}}
+    made["served"] = {
+        "address": "http://localhost:8000/v1",
+        "model": name,
+        "prompts": "token ids",
+        "likeliest": None if kl is None else 20,
+        "answer_tokens_by": "server",
+    }
+    return made
 
 
 def findings() -> dict[str, Any]:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from source_files import llama_config, random_model, save
+from fake_server import Engine, serving
+from source_files import llama_config, random_model, save, tokenizer
+from transformers import AutoModelForCausalLM
 
 from logitwise.recipe import Recipe
 
@@ -75,6 +77,16 @@ def test_quantize_evaluate_inspect(place: Path) -> None:
     assert json.loads((place / "report.json").read_text("utf-8"))["conditions"]["tasks"]["count"] == 60
 
 
+def test_compare_with_what_is_served(place: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    with serving(Engine(model, tokenizer(), names=("m", "other"), prompt_logprobs=True, most=20)) as url:
+        words = ["compare", "model", "--server", f"{url}#m", "--report", "served.html", "--answer-tokens", "8"]
+        compared = logitwise(place, *words)
+    assert compared.returncode == 0, compared.stderr
+    assert "m: prompts go to" in compared.stderr
+    assert re.search(r"^\| m \| - \| - \| ≥ ", compared.stdout, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("words", "what"),
     [
@@ -88,7 +100,8 @@ def test_quantize_evaluate_inspect(place: Path) -> None:
         (["quantize", "model", "x", "--calibration", "text:none.txt"], "none.txt"),
         (["quantize", "model", "x", "--stepz", "3"], "stepz"),
         (["evaluate", "model"], "no text to evaluate on"),
-        (["compare", "model", "--report", "x.html"], "Missing argument"),
+        (["compare", "model", "--report", "x.html"], "no quantized model was given"),
+        (["compare", "model", "--report", "x.html", "--server", "http://127.0.0.1:9/v1"], "does not answer"),
         (["compare", "model", "model", "--report", "x.txt"], "no name for a page"),
         (["compare", "model", "model", "--report", "x.html", "--tasks", "none.jsonl"], "none.jsonl"),
         (["inspect", "nothing/here/now"], "does not exist"),

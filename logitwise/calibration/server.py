@@ -21,6 +21,7 @@ from logitwise.errors import CalibrationError, MachineError
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from openai.types import Model
 
 AT_ONCE = 32
 """Requests under way at a time; the server batches them."""
@@ -31,17 +32,28 @@ def served_model(url: str) -> str:
 
     Errors: CalibrationError where the client is not installed, or no server answers.
     """
-    client = _client(url)
+    return served_models(url)[0].id
+
+
+def served_models(url: str) -> "list[Model]":
+    """What a server serves, one model at the least.
+
+    Errors: CalibrationError where the client is not installed, no server answers, or it serves nothing.
+    """
+    client = client_of(url)
     from openai import OpenAIError
 
+    why = "it serves no model"
     try:
-        return next(iter(client.models.list())).id
-    except (OpenAIError, StopIteration) as error:
-        raise CalibrationError(
-            f"the server at {url} does not answer",
-            str(error) or "it serves no model",
-            "start it, and give the address that ends in /v1: --calibration server:http://localhost:8000/v1",
-        ) from error
+        if models := list(client.models.list()):
+            return models
+    except (OpenAIError, AttributeError, TypeError, ValueError) as error:  # the last three: a page that is no list
+        why = str(error)
+    raise CalibrationError(
+        f"the server at {url} does not answer",
+        why,
+        "start it, and give the address that ends in /v1, such as http://localhost:8000/v1",
+    )
 
 
 def ask_answers(
@@ -70,7 +82,7 @@ def ask_answers(
 
     Errors: MachineError where the server stops answering.
     """
-    client, model = _client(url), served_model(url)
+    client, model = client_of(url), served_model(url)
     from openai import OpenAIError
 
     def ask(numbered: tuple[int, list[int]]) -> list[int]:
@@ -114,7 +126,11 @@ def _parts(waiting: Iterator[tuple[int, list[int]]]) -> Iterator[list[tuple[int,
         yield part
 
 
-def _client(url: str) -> "OpenAI":
+def client_of(url: str) -> "OpenAI":
+    """What asks a server; a key is read from OPENAI_API_KEY, where the server wants one.
+
+    Errors: CalibrationError where the client is not installed.
+    """
     if find_spec("openai") is None:
         raise CalibrationError(
             "the package openai is not installed", "it asks the server", "pip install logitwise[server]"

@@ -2,7 +2,9 @@
 
 asked        prompts and problems                    candidates   the models, found to belong together
 written      what each of them answers               teacher      full precision's pass, made once, and the others'
+served       a model behind a server                 asking       the same of it (replies: as servers write it)
 findings     figures as JSON values                  scores       problems solved
+work         all of these for the models of one comparison
 
 Two ways of looking: on full precision's own answers each model is asked for every next token (teacher-forced), and each
 model answers by itself. The first sees small damage, the second what it adds up to.
@@ -14,14 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from logitwise.comparison.asked import Asked, as_tokens, read_asked
-from logitwise.comparison.candidates import Candidate, open_candidates
-from logitwise.comparison.findings import Json, answer_findings, as_json, side_by_side, token_findings
-from logitwise.comparison.scores import marks, sampled_findings, task_findings
-from logitwise.comparison.teacher import beside, rows_of, teach
-from logitwise.comparison.written import Answers, Manner, write_answers
+from logitwise.comparison.asked import read_asked
+from logitwise.comparison.candidates import open_candidates
+from logitwise.comparison.findings import Json, as_json, served_findings, side_by_side
+from logitwise.comparison.served import Served
+from logitwise.comparison.work import Work
+from logitwise.comparison.written import Manner
 from logitwise.errors import RecipeError
 from logitwise.evaluation import size_of
 from logitwise.machine import choose_machine, versions
@@ -30,13 +30,10 @@ from logitwise.recipe import Recipe
 from logitwise.report.files import check_places, write_report
 from logitwise.report.sentences import sentences
 from logitwise.runfolder import RunFolder
-from logitwise.skeleton import Skeleton
 from logitwise.watch import SILENT, Watcher
 
 SHOWN = 24
 """Prompts whose answers stand side by side in the report."""
-
-SAMPLE_TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,10 @@ class Compared:
 
 def compare(
     original: str | Path,
-    quantized: Sequence[str | Path],
+    quantized: Sequence[str | Path] = (),
     *,
     report: str | Path,
+    servers: Sequence[str] = (),
     prompts: str | Path | None = None,
     tasks: str | Path | None = None,
     extractor: str | None = None,
@@ -76,8 +74,10 @@ def compare(
 
     Args:
         original: the full-precision model: a folder, a .gguf file or a hub id.
-        quantized: one or more checkpoints made of it.
+        quantized: checkpoints made of it; none are needed where there are servers.
         report: the .html file to write; an older one is replaced when the new one is complete.
+        servers: addresses of OpenAI-compatible servers, up to /v1, each of which serves a model made of it; after a #,
+            the model's id where there are several. What a server does not say is null in the findings.
         prompts: a file, one prompt a line or JSON lines with `prompt`; the package's own by default.
         tasks: JSON lines of `prompt` and `answer`, or "problems": arithmetic made from the seed.
         extractor: what finds an answer in a text, by its name in `measure.tasks.EXTRACTORS`; last-number by default.
@@ -97,26 +97,29 @@ def compare(
     _check_numbers(answer_tokens, temperature, samples, tasks)
     machine = {name: choice.value for name, choice in choose_machine(Recipe.load(None, device=device)).items()}
     asked = read_asked(prompts, tasks, extractor, seed)
-    candidates = open_candidates(original, quantized, revision, watcher)
+    reference, others = open_candidates(original, quantized, servers, revision, watcher)
     folder = RunFolder(page.with_suffix(".run"))
     if fresh:
         folder.remove()
     manner = Manner(answer_tokens, 0.0, seed, machine["device"], machine["compute_dtype"])
-    work = _Work(candidates, asked, manner, folder, watcher)
-    answers = work.answers()
-    rows_by = work.answers_of(candidates[0], replace(manner, temperature=temperature)) if temperature else answers[0]
+    work = Work(reference, others, asked, manner, folder, watcher)
+    own, answers = work.answers()
+    rows_by = work.write(reference, work.prompts, replace(manner, temperature=temperature)) if temperature else own
     tokens = work.tokens(rows_by)
-    solved = work.scores(samples) if asked.problems else [None] * len(candidates)
+    solved = work.scores(own.ends, samples) if asked.problems else [None] * (1 + len(others))
     models = [
         {
             "name": candidate.name,
-            "original": place == 0,
-            "size": as_json(size_of(candidate.source)),
-            "tokens": tokens["models"][place - 1] if place else None,
-            "answers": as_json(answer_findings(answers[place], answers[0], work.texts, work.tokenizer)),
-            "tasks": solved[place],
+            "original": candidate is reference,
+            "size": None if isinstance(candidate, Served) else as_json(size_of(candidate.source)),
+            "served": served_findings(candidate) if isinstance(candidate, Served) else None,
+            "tokens": measured,
+            "answers": as_json(work.answers_beside(candidate, written, own)),
+            "tasks": scored,
         }
-        for place, candidate in enumerate(candidates)
+        for candidate, measured, written, scored in zip(
+            [reference, *others], [None, *tokens["models"]], [own, *answers], solved, strict=True
+        )
     ]
     conditions = {
         "metric": VERSION,
@@ -139,7 +142,7 @@ def compare(
         "conditions": conditions,
         "noise": tokens["noise"],
         "models": models,
-        "answers": side_by_side(answers[0], answers[1:], asked.prompts, work.tokenizer)[:SHOWN],
+        "answers": side_by_side(own, work.references(own), answers, asked.prompts, work.tokenizer)[:SHOWN],
     }
     findings["sentences"] = sentences(findings)
     write_report(page, findings)
@@ -160,65 +163,3 @@ def _check_numbers(answer_tokens: int, temperature: float, samples: int, tasks: 
             raise RecipeError(f"{name} is {value}", f"it is at least {least}", "give another number")
     if samples and tasks is None:
         raise RecipeError("samples were asked for without tasks", "pass@k is of problems", "give tasks too")
-
-
-class _Work:
-    """The steps of one comparison, each of which the run folder keeps."""
-
-    def __init__(
-        self, candidates: list[Candidate], asked: Asked, manner: Manner, folder: RunFolder, watcher: Watcher
-    ) -> None:
-        self.candidates, self.asked, self.manner = candidates, asked, manner
-        self.folder, self.watcher = folder, watcher
-        reference = candidates[0].source
-        self.tokenizer = reference.tokenizer()
-        self.prompts = as_tokens(self.tokenizer, reference.config, asked.prompts)
-        self.problems = as_tokens(self.tokenizer, reference.config, [problem.prompt for problem in asked.problems])
-        self.texts = [str(self.tokenizer.decode(ids)) for ids in self.prompts]
-
-    def answers_of(self, candidate: Candidate, manner: Manner) -> Answers:
-        return write_answers(candidate, self.tokenizer, self.prompts, manner, self.folder, self.watcher)
-
-    def answers(self) -> list[Answers]:
-        """Every model's greedy answers to the prompts."""
-        return [self.answers_of(candidate, self.manner) for candidate in self.candidates]
-
-    def tokens(self, answers: Answers) -> Json:
-        """Every other model's probabilities on full precision's answers, and those of full precision in bfloat16."""
-        original, device = self.candidates[0], torch.device(self.manner.device)
-        skeleton = Skeleton(original.source, device, torch.float32)
-        with self.watcher.stage("Proving the replay", 1) as stage:
-            skeleton.prove()
-            stage.advance()
-        teacher = teach(original, rows_of(self.prompts, answers.ids), skeleton, self.folder, self.watcher)
-        head = skeleton.head(original.source)
-
-        def measure(candidate: Candidate, through: Skeleton) -> Json:
-            found = beside(teacher, head, candidate, through, self.folder, self.watcher)
-            return token_findings(found, teacher, answers.ends, self.tokenizer)
-
-        noisy = Skeleton(original.source, device, torch.bfloat16)
-        noise = measure(replace(original, name=f"{original.name} in bfloat16"), noisy)
-        return {
-            "noise": {**noise, "stored_kl": as_json(teacher.stored_kl)},
-            "models": [measure(candidate, skeleton) for candidate in self.candidates[1:]],
-            "count": len(teacher.written),
-        }
-
-    def scores(self, samples: int) -> list[Json]:
-        """Every model's problems solved, by greedy answers, and by sampled ones where they are asked for."""
-        found, greedy = [], list[list[bool]]()
-        for candidate in self.candidates:
-            written = self._solve(candidate, self.problems, self.manner, "problems")
-            greedy.append(marks(written, self.asked, self.tokenizer))
-            scored = task_findings(greedy[-1], greedy[0], self.manner.seed)
-            if samples:
-                manner = replace(self.manner, temperature=SAMPLE_TEMPERATURE)
-                tried = [problem for problem in self.problems for _ in range(samples)]
-                drawn = marks(self._solve(candidate, tried, manner, "samples"), self.asked, self.tokenizer)
-                scored["pass_at_k"] = {"temperature": SAMPLE_TEMPERATURE, "values": sampled_findings(drawn, samples)}
-            found.append(scored)
-        return found
-
-    def _solve(self, candidate: Candidate, problems: list[list[int]], manner: Manner, title: str) -> Answers:
-        return write_answers(candidate, self.tokenizer, problems, manner, self.folder, self.watcher, title)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from logitwise.comparison.served import Served
 from logitwise.comparison.teacher import Teacher
 from logitwise.comparison.written import Answers
 from logitwise.measure.answers import THINK_MARKERS, first_different, loops, places, repeated, survival, thinking_closes
@@ -27,7 +28,11 @@ Json = dict[str, Any]
 
 
 def token_findings(
-    found: Divergence, teacher: Teacher, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    found: Divergence,
+    teacher: Teacher,
+    ends: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    coarse: Json | None = None,
 ) -> Json:
     """A model's token probabilities on full precision's answers.
 
@@ -35,6 +40,7 @@ def token_findings(
         found: the model beside full precision.
         teacher: the tokens that were measured.
         ends: the tokens that end an answer.
+        coarse: how much of a model's probabilities is known, where KL is a lower bound for want of the rest.
     """
     unit, position = teacher.answer, teacher.position
     lengths = torch.bincount(unit).tolist()
@@ -46,6 +52,7 @@ def token_findings(
     figures: Json = as_json(
         {
             "tokens": len(unit),
+            "coarse": coarse,
             "kl": {**_spread(found.kl), "mean": mean_over_units(found.kl, unit)},
             "reverse_kl": {**_spread(found.reverse_kl), "mean": mean_over_units(found.reverse_kl, unit)},
             "top1": mean_over_units(found.agrees, unit),
@@ -134,16 +141,34 @@ def answer_findings(
     }
 
 
+def served_findings(served: Served) -> Json:
+    """How a served model was asked."""
+    return {
+        "address": served.address,
+        "model": served.model,
+        "prompts": served.prompts,
+        "likeliest": served.likeliest if served.log_probabilities else None,
+        "answer_tokens_by": "server" if served.says_ids else "text",
+    }
+
+
 def side_by_side(
-    original: Answers, others: Sequence[Answers], prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    original: Answers,
+    references: Sequence[Answers],
+    others: Sequence[Answers],
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Json]:
-    """Each prompt with full precision's answer and the others', split where they first differ from it."""
+    """Each prompt with full precision's answer and the others', split where they first differ from it.
+
+    Args:
+        references: full precision's answers as each of the others is compared with them.
+    """
     found = []
     for index, prompt in enumerate(prompts):
-        reference = original.ids[index]
         models = []
-        for other in others:
-            first = first_different(other.ids[index], reference)
+        for reference, other in zip(references, others, strict=True):
+            first = first_different(other.ids[index], reference.ids[index])
             same = str(tokenizer.decode(other.ids[index][:first], skip_special_tokens=True))
             whole = _text(other, index, tokenizer)
             if not whole["text"].startswith(same):  # a character whose bytes are tokens of their own

@@ -5,10 +5,10 @@ room. The head is applied again, chunk by chunk, for every model that is compare
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from logitwise.calibration.rows import Rows
@@ -47,14 +47,21 @@ class Teacher:
 
     @property
     def position(self) -> Int64[Tensor, " tokens"]:
-        """The place of each token in its answer, from 0."""
+        """The place of each token in its answer, from 0 at the first that counts."""
         counted = self.rows.weights > 0
-        return (counted.long().cumsum(1) - 1)[counted]
+        return (counted.cumsum(1) > 0).long().cumsum(1).sub(1)[counted]
 
     @property
     def written(self) -> Int64[Tensor, " tokens"]:
         """The token that full precision wrote at each position."""
         return self.rows.following[self.rows.weights > 0]
+
+    def only(self, which: Bool[Tensor, " tokens"]) -> "Teacher":
+        """The same on some of the tokens."""
+        weights = self.rows.weights.clone()
+        weights[weights > 0] *= which
+        rows = Rows(self.rows.ids, self.rows.following, weights)
+        return replace(self, rows=rows, hidden=self.hidden[which.to(self.hidden.device)])
 
 
 def rows_of(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Rows:

@@ -13,6 +13,7 @@ KEY = (
     "answers; flips: where the likeliest token is another, in brackets where full precision had decided; identical: "
     "greedy answers the same to the last token; ends: answers that come to their end"
 )
+SERVED = "; ≥: a lower bound, since a server names only its likeliest tokens; -: what a server does not say"
 
 
 def summary_of(findings: Json) -> str:
@@ -37,13 +38,16 @@ def summary_of(findings: Json) -> str:
     rows = [_row(model, scored) for model in findings["models"]]
     noise = findings["noise"]
     rows.append(["full precision in bfloat16 (noise)", "", "", *_tokens(noise)] + [""] * (len(columns) - 9))
-    return "\n\n".join([told, table(columns, rows), KEY]) + "\n"
+    served = any(model["served"] for model in findings["models"])
+    return "\n\n".join([told, table(columns, rows), KEY + (SERVED if served else "")]) + "\n"
 
 
 def _row(model: Json, scored: bool) -> list[str]:
-    bits = model["size"]["bits_per_weight"]
-    cells = [model["name"], megabytes(model), "" if bits is None else f"{bits:.2f}"]
-    cells += _tokens(model["tokens"]) if model["tokens"] else [""] * 6
+    absent = "-" if model["served"] else ""
+    bits = model["size"]["bits_per_weight"] if model["size"] else None
+    size = megabytes(model) if model["size"] else absent
+    cells = [model["name"], size, absent if bits is None else f"{bits:.2f}"]
+    cells += _tokens(model["tokens"]) if model["tokens"] else [absent] * 6
     answers = model["answers"]
     cells += [percent(answers[name]) for name in ("identical", "ended", "loops")]
     return cells + ([percent(model["tasks"]["accuracy"])] if scored else [])
@@ -51,12 +55,12 @@ def _row(model: Json, scored: bool) -> list[str]:
 
 def _tokens(found: Json) -> list[str]:
     kl, flips = found["kl"], found["flips"]
-    error = kl["mean"]["standard_error"]
+    error, least = kl["mean"]["standard_error"], "≥ " if found["coarse"] else ""
     return [
-        f"{kl['mean']['mean']:.3g}" + ("" if error is None else f" ± {error:.1g}"),
-        f"{kl['median']:.2g}",
-        f"{kl['p99']:.3g}",
-        f"{found['reverse_kl']['mean']['mean']:.3g}",
+        f"{least}{kl['mean']['mean']:.3g}" + ("" if error is None else f" ± {error:.1g}"),
+        f"{least}{kl['median']:.2g}",
+        f"{least}{kl['p99']:.3g}",
+        f"{least}{found['reverse_kl']['mean']['mean']:.3g}",
         percent(found["top1"]["mean"]),
         f"{percent(flips['share']['mean'])} ({percent(flips['decided']['mean'])})",
     ]

@@ -18,24 +18,44 @@ LESS_ENDING = 0.05
 def sentences(findings: Json) -> list[str]:
     """The five sentences."""
     original, *others = findings["models"]
-    ranked = sorted(others, key=lambda model: float(model["tokens"]["kl"]["mean"]["mean"]))
+    told = sorted((m for m in others if m["tokens"]), key=lambda model: float(model["tokens"]["kl"]["mean"]["mean"]))
+    untold = [model for model in others if not model["tokens"]]
+    ranked = told + untold
     return [
-        nearest(ranked, findings["noise"]),
+        nearest(told, findings["noise"]) if told else answered_alone(untold),
         lost(original, ranked),
-        where(ranked),
+        where(told) if told else first_differences(untold),
         endings(original, ranked),
         advice(original, ranked),
     ]
 
 
+def answered_alone(untold: list[Json]) -> str:
+    """That nothing is known of a model but its answers."""
+    names = listed([model["name"] for model in untold])
+    have = "its server gives" if len(untold) == 1 else "their servers give"
+    return f"Compared with full precision by answers alone: {names}; {have} no log-probabilities of a prompt."
+
+
+def first_differences(untold: list[Json]) -> str:
+    """Where answers begin to differ, for models of which nothing else is known."""
+    parts = []
+    for model in untold:
+        first = model["answers"]["first_different_median"]
+        at = "in no answer" if first is None else f"by token {first + 1:.0f} in half of those that do"
+        parts.append(f"{model['name']} {at}")
+    return f"Where greedy answers begin to differ from full precision's: {listed(parts)}."
+
+
 def nearest(ranked: list[Json], noise: Json) -> str:
-    """Which model is the nearest, and how near that is."""
+    """Which model is the nearest, and how near that is; KL of a served one is a lower bound."""
     first, floor = ranked[0], noise["kl"]["mean"]["mean"]
     kl, agrees = first["tokens"]["kl"]["mean"]["mean"], first["tokens"]["top1"]["mean"]
+    least = "at least " if first["tokens"]["coarse"] else ""
     start = "Nearest to full precision" if len(ranked) > 1 else "Compared with full precision"
     times = f", {kl / floor:,.0f} times what mere rounding to bfloat16 does" if floor and kl > 2 * floor else ""
     said = f"{start} is {first['name']}: it finds the same next token the likeliest at {percent(agrees)} of positions"
-    return f"{said} (KL {kl:.3g} nats a token{times})."
+    return f"{said} (KL {least}{kl:.3g} nats a token{times})."
 
 
 def lost(original: Json, ranked: list[Json]) -> str:
@@ -91,8 +111,12 @@ def advice(original: Json, ranked: list[Json]) -> str:
     unfit = [f"{m['name']} ({listed(faults(original, m))})" for m in ranked if faults(original, m)]
     said = []
     if fit:
-        smallest = min(fit, key=lambda model: int(model["size"]["size_bytes"]))
-        said.append(f"nothing measured here speaks against {smallest['name']} ({megabytes(smallest)})")
+        sized = [model for model in fit if model["size"]]
+        smallest = min(sized, key=lambda model: int(model["size"]["size_bytes"]), default=None)
+        named = [f"{smallest['name']} ({megabytes(smallest)})"] if smallest else []
+        alone = " (judged by its answers alone)"
+        named += [f"{m['name']}{'' if m['tokens'] else alone}" for m in fit if not m["size"]]
+        said.append(f"nothing measured here speaks against {listed(named)}")
     if unfit:
         said.append(
             f"think twice about {listed(unfit)}: more bits, or `logitwise refit CHECKPOINT OUT --original FP --polish` "
@@ -105,7 +129,7 @@ def advice(original: Json, ranked: list[Json]) -> str:
 def faults(original: Json, model: Json) -> list[str]:
     """What speaks against a model, in words; nothing where nothing does."""
     found = []
-    if model["tokens"]["flips"]["decided"]["mean"] > OVERTURNED:
+    if model["tokens"] and model["tokens"]["flips"]["decided"]["mean"] > OVERTURNED:
         found.append("it overturns decisions")
     if model["tasks"] and model["tasks"]["interval"][1] < 0:
         found.append("it solves fewer problems")

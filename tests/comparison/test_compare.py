@@ -169,7 +169,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("work began")
 
-    monkeypatch.setattr(RunFolder, "_write", refuse)
+    monkeypatch.setattr(RunFolder, "write", refuse)
     monkeypatch.setattr(written, "load_whole", refuse)
 
 

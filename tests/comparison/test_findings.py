@@ -30,7 +30,7 @@ def test_answers_beside_one_another() -> None:
     assert found["survival"] == [1, 1, 1, 1, 0.5, 0.5, 0.5]
     assert found["ended"] == 1
     assert found["thinking"] is None
-    first, second = side_by_side(original, [own], ["one", "two"], WORDS)
+    first, second = side_by_side(original, [original], [own], ["one", "two"], WORDS)
     assert first["prompt"] == "one"
     (differing,), (same,) = first["models"], second["models"]
     assert (differing["same"], differing["rest"], differing["first_different"]) == ("the h", "at", 3)

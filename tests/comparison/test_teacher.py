@@ -21,3 +21,14 @@ def test_tokens_know_their_answer_and_their_place() -> None:
     assert teacher.answer.tolist() == [0, 0, 1, 1, 1]
     assert teacher.position.tolist() == [0, 1, 0, 1, 2]
     assert teacher.written.tolist() == [9, 1, 3, 4, 1]
+
+
+def test_some_tokens_keep_their_answer_and_their_place() -> None:
+    original = Candidate("full", MemorySource(tiny_model("llama")), "")
+    teacher = Teacher(original, ROWS, torch.arange(5.0)[:, None].bfloat16(), "", 0.0)
+    some = teacher.only(torch.tensor([False, False, True, False, True]))
+    assert some.answer.tolist() == [1, 1]
+    assert some.position.tolist() == [0, 2]
+    assert some.written.tolist() == [3, 1]
+    assert some.hidden.squeeze(1).tolist() == [2, 4]
+    assert teacher.answer.tolist() == [0, 0, 1, 1, 1], "the teacher itself is as it was"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_findings import findings
+from report_findings import findings, served_model
 
 from logitwise.errors import MachineError
 from logitwise.pages import embedded
@@ -54,25 +54,36 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The page in a headless browser, with what its console says."""
+def browser() -> Iterator[Any]:
+    """A headless browser."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if BROWSER is None:
         pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def opened(browser: Any, path: Path) -> Any:
+    """A page, with what its console says and what it asks for."""
+    tab = browser.new_page(viewport={"width": 1200, "height": 900})
+    tab.said, tab.asked = [], []
+    tab.on("console", lambda message: tab.said.append(message.text))
+    tab.on("pageerror", lambda error: tab.said.append(str(error)))
+    tab.on("request", lambda request: tab.asked.append(request.url))
+    tab.goto(path.as_uri())
+    return tab
+
+
+@pytest.fixture(scope="module")
+def tab(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The page in a headless browser."""
     path = tmp_path_factory.mktemp("page") / "report.html"
     made = findings()
     made["answers"][0]["models"][0]["rest"] = "<script>document.title = 'taken'</script>"
     write_report(path, made)
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1200, "height": 900})
-        tab.said, tab.asked = [], []
-        tab.on("console", lambda message: tab.said.append(message.text))
-        tab.on("pageerror", lambda error: tab.said.append(str(error)))
-        tab.on("request", lambda request: tab.asked.append(request.url))
-        tab.goto(path.as_uri())
-        yield tab
-        browser.close()
+    return opened(browser, path)
 
 
 def test_the_browser_has_nothing_to_say(tab: Any) -> None:
@@ -127,3 +138,33 @@ def test_a_phone_is_not_scrolled_sideways(tab: Any) -> None:
     tab.wait_for_timeout(100)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
     tab.set_viewport_size({"width": 1200, "height": 900})
+
+
+def test_served_models_show_bounds_and_dashes(browser: Any, tmp_path: Path) -> None:
+    made = findings()
+    made["models"][1:2] = [served_model("behind", 0.05), served_model("silent", None)]
+    made["answers"][0]["models"] += made["answers"][0]["models"][:1]
+    write_report(tmp_path / "served.html", made)
+    tab = opened(browser, tmp_path / "served.html")
+    assert tab.said == []
+    rows = [text.split("\t") for text in tab.locator("section").first.locator("tbody tr").all_inner_texts()]
+    assert rows[1][:4] == ["behind", "–", "–", "≥ 0.05 ± 0.005"]
+    assert rows[2] == ["silent"] + ["–"] * (len(rows[2]) - 1)
+    note = tab.locator("section p.note").first.inner_text()
+    assert "≥: a lower bound, since a server names only its likeliest tokens (behind: 20)" in note
+    assert "not known of silent" in note
+    assert "behind, by http://localhost:8000/v1; prompts sent as token ids" in tab.locator("footer").inner_text()
+    tab.close()
+
+
+def test_a_page_of_answers_alone(browser: Any, tmp_path: Path) -> None:
+    made = findings()
+    made["models"][1:] = [served_model("silent", None)]
+    made["answers"][0]["models"] = made["answers"][0]["models"][:1]
+    write_report(tmp_path / "served.html", made)
+    tab = opened(browser, tmp_path / "served.html")
+    assert tab.said == []
+    titles = tab.locator("section h2").all_inner_texts()
+    assert titles == ["The models", "Their answers", "Along an answer", "Answers side by side"]
+    assert tab.locator("figure").count() == 1
+    tab.close()

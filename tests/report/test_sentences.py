@@ -19,7 +19,9 @@ def model(
         "name": name,
         "original": False,
         "size": {"size_bytes": size, "bits_per_weight": 3.3, "bits_per_parameter": 5.0},
+        "served": None,
         "tokens": {
+            "coarse": None,
             "kl": {"mean": figure(kl), "median": kl / 9, "p90": 2 * kl, "p99": 9 * kl},
             "reverse_kl": {"mean": figure(1.1 * kl), "median": kl / 9, "p90": 2 * kl, "p99": 9 * kl},
             "top1": figure(1 - decided * 3),
@@ -106,3 +108,32 @@ def test_the_summary_holds_the_sentences_and_every_model(findings: dict[str, Any
 def test_cells_are_no_markup() -> None:
     assert table(["a"], [["<b>*x*"]]).splitlines()[-1] == "| \\<b>\\*x\\* |"
     assert listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_a_served_model_s_kl_is_a_bound(findings: dict[str, Any]) -> None:
+    good = findings["models"][2]
+    good |= {"size": None, "served": {"address": "http://localhost/v1"}}
+    good["tokens"]["coarse"] = {"likeliest": 20, "left_out": 0}
+    which, *_, do = findings["sentences"] = sentences(findings)
+    assert "(KL at least 0.03 nats a token" in which
+    assert do.startswith("What to do: nothing measured here speaks against w3; think twice about w2")
+    text = summary_of(findings)
+    assert "| w3 | - | - | ≥ 0.03 ± 0.003 |" in text
+    assert "≥: a lower bound" in text
+
+
+def test_what_a_server_does_not_say_is_left_out(findings: dict[str, Any]) -> None:
+    good = findings["models"][2]
+    good |= {"size": None, "served": {"address": "http://localhost/v1"}, "tokens": None}
+    good["answers"]["first_different_median"] = 11.0
+    which, _, where, _, do = findings["sentences"] = sentences(findings)
+    assert which.startswith("Compared with full precision is w2")
+    assert where.startswith("In w2 the damage")
+    assert "speaks against w3 (judged by its answers alone);" in do
+    assert "| w3 | - | - | - | - | - | - | - | - | 25 % |" in summary_of(findings)
+    del findings["models"][1]
+    which, _, where, *_ = sentences(findings)
+    assert "by answers alone: w3; its server gives no log-probabilities of a prompt" in which
+    assert where.endswith("w3 by token 12 in half of those that do.")
+    good["answers"]["first_different_median"] = None
+    assert sentences(findings)[2].endswith("w3 in no answer.")
