@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from logitwise.calibration import prepare, writes
+from logitwise.calibration import file_digest, prepare, writes
 from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError
 from logitwise.recipe import Recipe
@@ -72,6 +72,7 @@ def split(rows: Rows, recipe: Recipe) -> tuple[Rows, Rows]:
 def _calibrate(skeleton: Skeleton, recipe: Recipe, folder: RunFolder, root: str, watcher: Watcher) -> RunRows:
     most = max(recipe.most_rows, (recipe.polish and recipe.polish_rows) or 0)
     asked = recipe.model_dump(include={"calibration", "row_tokens", "seed", "temperature"})
+    asked["file"] = file_digest(recipe.calibration)
     key = chain(root, most=most, held_out=recipe.held_out_rows, **asked)
     if not folder.has(key):
         with folder.ranks.first_alone() as mine:

@@ -17,6 +17,7 @@ from logitwise.calibrate import RunRows, rows_of_run, split
 from logitwise.calibration import fresh_rows
 from logitwise.calibration.batches import keep_nothing
 from logitwise.calibration.rows import Rows
+from logitwise.errors import CalibrationError
 from logitwise.fit import Window
 from logitwise.grid import Quantized
 from logitwise.machine import repeatable, versions
@@ -132,6 +133,12 @@ def quantize(
         settings = {name: job.choices[name].value for name in ("device", "compute_dtype")}
         root = chain("logitwise", model=job.digest, versions=versions(), numerics=NUMERICS, **settings)
         data = rows_of_run(job.skeleton, recipe, rows, folder, root, watcher) if reads else None
+        if data and any(0 < len(part) < ranks.world for part in (data.train, data.held_out)):
+            raise CalibrationError(
+                f"{len(data.train)} rows and {len(data.held_out)} held out cannot be shared by {ranks.world} processes",
+                "each has at least one of either",
+                "give more text, shorter --row-tokens, or fewer processes",
+            )
         recipe, allocation = with_bits(job, recipe, data, folder, root, watcher) if data else (recipe, None)
         job, root, rewritten = rewritten_job(job, recipe, data, folder, root, watcher)
         if fits and data:

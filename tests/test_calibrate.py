@@ -57,3 +57,19 @@ def test_text_that_was_stopped_goes_on_but_not_with_another_seed_or_temperature(
         assert one.digest() == other.digest()
     assert not list((tmp_path / "run").glob("*-batch-*"))
     assert run("run")[1] == 0
+
+
+def test_an_edited_file_is_read_anew(tmp_path: Path) -> None:
+    config = llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=128)
+    source = open_source(save(random_model(config), tmp_path / "model"))
+    skeleton, file = Skeleton(source, torch.device("cpu"), torch.float32), tmp_path / "text.txt"
+
+    def run() -> str:
+        recipe = ASKED.but(calibration=f"text:{file}")
+        return rows_of_run(skeleton, recipe, None, RunFolder(tmp_path / "run"), "root", SILENT).train.digest()
+
+    file.write_text("one two three four five six seven\n\n" * 200)
+    first = run()
+    assert run() == first
+    file.write_text("seven six five four three two one\n\n" * 200)
+    assert run() != first

@@ -43,7 +43,7 @@ def fails(place: Path, code: int = 1, **fault: int) -> str:
     return said
 
 
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.6])
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.7])
 def test_a_full_disk(share: float, place: Path, undisturbed: Undisturbed) -> None:
     said = fails(place, last_change=round(share * len(undisturbed.changes)), fault=errno.ENOSPC)
     assert "No space left on device" in said

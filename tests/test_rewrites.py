@@ -483,8 +483,8 @@ def test_rewrites_are_kept_for_the_next_run_and_others_are_made_anew(
         saved.append("rewrite" if "left_alone" in record else "window" if "objective" in record else "rows")
         true_write(folder, key, tensors, record)
 
-    true_write = RunFolder._write
-    monkeypatch.setattr(RunFolder, "_write", noting)
+    true_write = RunFolder.write
+    monkeypatch.setattr(RunFolder, "write", noting)
 
     def writes(name: str, *rewrites: str, **changes: Any) -> list[str]:
         saved.clear()

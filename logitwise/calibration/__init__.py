@@ -5,6 +5,7 @@ set_aside      some of them held out (holdout.py)
 pack           one after another, cut into rows (rows.py)
 """
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -244,6 +245,15 @@ def split(spec: str) -> tuple[str, str]:
         what = {"hf": "a name", "server": "an address"}.get(kind, "a file")
         raise CalibrationError(f"calibration {spec!r} lacks {what}", f"known are {KINDS}", "add it after the colon")
     return kind, rest
+
+
+def file_digest(spec: str) -> str | None:
+    """A hash of what the file that a spec names holds; None where it names none."""
+    file = Path(split(spec)[1])
+    if not file.is_file():
+        return None
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,5 +1,6 @@
 """Writing a complete checkpoint folder: the weight files, config.json, and the folder that appears only when whole."""
 
+import errno
 import glob
 import json
 import os
@@ -209,6 +210,9 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "make room, and run the same command again: finished blocks are kept"
+            raise MachineError(f"{staging} cannot be created", str(error), remedy) from error
         remedy = "where another run is not writing it, remove it; else give another OUT"
         raise OutputError(f"{staging} cannot be created", str(error), remedy) from error
     try:
