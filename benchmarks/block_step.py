@@ -1,11 +1,14 @@
 """Where a step of one block's fit goes: eager, recorded as a CUDA graph, compiled, both; beside the block alone.
 
     python benchmarks/block_step.py --out results.json [--shapes cot-22m llama-3.1-8b] [--methods ...] [--steps 60]
+        [--blocks 4]
 
 Random weights of real shapes, all ways in one run, by mean squared error on the same rows. "block" is the forward and
 backward pass of the block with its own weights as parameters, in the computing type: no quantizer, no optimiser. A
 step's time is that of all after the first ten over their number, waited for only at the end, as in a run. The losses of
-every way are compared with those of the eager one. The largest kernels of the fastest way are listed by the profiler.
+every way are compared with those of the eager one. With more --blocks, that are learned together, one way runs each
+once more going backward, as where there is no memory for all their activations. The largest kernels of the fastest way
+are listed by the profiler.
 """
 
 import argparse
@@ -35,11 +38,12 @@ from logitwise.watch import Stage
 CUDA = torch.cuda.is_available()
 ROWS = {"cot-22m": (8, 256), "llama-3.1-8b": (8, 2048), "toy": (2, 32)}
 COT = dict(hidden_size=384, intermediate_size=1024, num_attention_heads=6, num_key_value_heads=2, vocab_size=8192)
-WAYS = {  # compiled, recorded
-    "eager": (False, False),
-    "recorded": (False, True),
-    "compiled": (True, False),
-    "compiled and recorded": (True, True),
+WAYS = {  # compiled, recorded, run again
+    "eager": (False, False, False),
+    "run again": (False, False, True),
+    "recorded": (False, True, False),
+    "compiled": (True, False, False),
+    "compiled and recorded": (True, True, False),
 }
 WARM = 10
 
@@ -69,31 +73,33 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["cot-22m", "llama-3.1-8b"], choices=ROWS)
     parser.add_argument("--methods", nargs="+", default=["flexround"], choices=QUANTIZERS)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--blocks", type=int, default=1, help="learned together")
     given = parser.parse_args()
     found = []
     for shape in given.shapes:
         config = dict(COT if shape == "cot-22m" else SHAPES[shape])
         config.pop("depth", None)
         device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-        made = LlamaConfig(**config, num_hidden_layers=1, tie_word_embeddings=False, dtype="bfloat16")
+        made = LlamaConfig(**config, num_hidden_layers=given.blocks, tie_word_embeddings=False, dtype="bfloat16")
         skeleton = Skeleton(RandomSource(made), torch.device(device), dtype)
         rows, tokens = ROWS[shape]
         ids = torch.randint(made.vocab_size, (2 * rows, tokens), generator=torch.Generator().manual_seed(0))
-        window = Window(skeleton, range(1), skeleton.calls(tokens), lambda slot: False)
+        window = Window(skeleton, range(given.blocks), skeleton.calls(tokens), lambda slot: False)
         student = skeleton.embed(ids)
         teacher = student.clone()
         window.advance(teacher, {}, rows)
         data = Data(student, teacher, torch.ones(ids.shape, device=device), ids.to(device), len(ids), 0)
         block = seconds_of(plain(window, student[:rows]), given.steps)
         found.append({"shape": shape, "way": "block", "step_ms": 1e3 * block})
-        print(f"{shape}: the block alone {1e3 * block:.2f} ms", flush=True)
+        print(f"{shape}, {given.blocks} blocks alone: {1e3 * block:.2f} ms", flush=True)
         for method in given.methods:
             losses: dict[str, Tensor] = {}
             times = {}
-            for way, (compiled, recorded) in WAYS.items():
-                if recorded and sum(slot.out_features * slot.in_features for slot in window.slots) > RECORDED:
+            weights = sum(slot.out_features * slot.in_features for slot in window.slots)
+            for way, (compiled, recorded, again) in WAYS.items():
+                if (recorded and (weights > RECORDED or not CUDA)) or (again and given.blocks == 1):
                     continue
-                window.compiled, learnable.RECORDED_WEIGHTS = compiled, RECORDED if recorded else 0
+                go(window, compiled, recorded, again)
                 times[way], peak, losses[way] = learned(window, method, data, rows, given.steps)
                 off = float(((losses[way] - losses["eager"]) / losses["eager"]).abs().max())
                 row = {"shape": shape, "method": method, "way": way, "step_ms": 1e3 * times[way], "peak_mib": peak}
@@ -104,8 +110,7 @@ def main() -> None:
                 end = f"losses off by {off:.1e}; {peak:.0f} MiB"
                 print(f"{shape} {method}, {way}: {1e3 * times[way]:.2f} ms a step, {against}; {end}", flush=True)
             fastest = min(times, key=lambda way: times[way])
-            compiled, recorded = WAYS[fastest]
-            window.compiled, learnable.RECORDED_WEIGHTS = compiled, RECORDED if recorded else 0
+            go(window, *WAYS[fastest])
             if CUDA:
                 found.append({"shape": shape, "method": method, "profile": profile(window, method, data, rows)})
         del window, data, student, teacher
@@ -113,7 +118,13 @@ def main() -> None:
     given.out.write_text(json.dumps({**about, "arguments": sys.argv[1:], "results": found}, indent=1))
 
 
-RECORDED = learnable.RECORDED_WEIGHTS
+RECORDED, FREE = learnable.RECORDED_WEIGHTS, learnable.free_memory
+
+
+def go(window: Window, compiled: bool, recorded: bool, again: bool) -> None:
+    """Fits from here on go this way."""
+    window.compiled, learnable.RECORDED_WEIGHTS = compiled, RECORDED if recorded else 0
+    learnable.free_memory = (lambda device: 0) if again else FREE
 
 
 def learned(window: Window, method: str, data: Data, rows: int, steps: int) -> tuple[float, float, Tensor]:
@@ -129,14 +140,20 @@ def learned(window: Window, method: str, data: Data, rows: int, steps: int) -> t
 
 
 def plain(window: Window, hidden: Tensor) -> Callable[[], None]:
-    """The block's forward and backward pass with its own weights as parameters."""
+    """The forward and backward pass of the blocks with their own weights as parameters."""
     dtype = window.skeleton.dtype
-    weights = {key: nn.Parameter(weight.to(dtype)) for key, weight in window.weights[0].items()}
+    weights = [
+        {key: nn.Parameter(weight.to(dtype)) for key, weight in window.weights[block].items()}
+        for block in window.blocks
+    ]
 
     def act() -> None:
-        for weight in weights.values():
-            weight.grad = None
-        window.skeleton.run(0, weights, hidden, window.calls[0]).square().mean().backward()
+        leaving = hidden
+        for block, own in zip(window.blocks, weights, strict=True):
+            for weight in own.values():
+                weight.grad = None
+            leaving = window.skeleton.run(block, own, leaving, window.calls[block])
+        leaving.square().mean().backward()
 
     return act
 
