@@ -81,7 +81,7 @@ class Window:
         found: dict[Slot, Tensor] = {}
         (tokens,) = ranks.total(hidden.shape[0] * hidden.shape[1])
         for start in range(0, hidden.shape[0], batch):
-            entering = hidden[start : start + batch]
+            entering = hidden[start : start + batch].to(self.skeleton.device)
             for block in self.blocks:
                 weights = {key: weight.to(self.skeleton.dtype) for key, weight in self.weights[block].items()}
                 leaving, seen = self.skeleton.run_seen(block, weights, entering, self.calls[block])
@@ -160,7 +160,7 @@ class Window:
         """`hidden` in place becomes the window's output, or that of these of its blocks."""
         for start in range(0, hidden.shape[0], batch):
             part = slice(start, start + batch)
-            hidden[part] = self.forward(hidden[part], replaced, blocks)
+            hidden[part] = self.forward(hidden[part].to(self.skeleton.device), replaced, blocks)
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ class Data:
     Where ranks share the rows, those of this one.
 
     Args:
-        inputs: what the student's window reads, [rows, tokens, d].
-        targets: what the teacher's window puts out, [rows, tokens, d].
+        inputs: what the student's window reads, [rows, tokens, d], where streams are.
+        targets: what the teacher's window puts out, [rows, tokens, d], likewise.
         weights: how much each position counts, [rows, tokens].
         following: the token after each position, [rows, tokens].
         train: the first rows, which are learned from.
@@ -187,9 +187,17 @@ class Data:
     held_out: int
     ranks: Ranks = ALONE
 
+    def entering(self, rows: Tensor | slice) -> Float[Tensor, "rows tokens d"]:
+        """What the student's window reads of some rows, on the device."""
+        return self.inputs[rows].to(self.weights.device, non_blocking=True)
+
+    def leaving(self, rows: Tensor | slice) -> Float[Tensor, "rows tokens leaving"]:
+        """What the teacher's window puts out for some rows, on the device."""
+        return self.targets[rows].to(self.weights.device, non_blocking=True)
+
     def taps(self, rows: Tensor | slice, student: Float[Tensor, "rows tokens d"], head: Head | None) -> Taps:
         """What an objective sees of some rows."""
-        return Taps(student, self.targets[rows], self.weights[rows], self.following[rows], head)
+        return Taps(student, self.leaving(rows), self.weights[rows], self.following[rows], head)
 
 
 def batches_of(
@@ -203,7 +211,7 @@ def batches_of(
     size = schedule.batch
     if fresh is None:
         order = row_order(data.train, size, schedule.seed + data.ranks.rank)
-        taken = ((data, rows.to(tokens.device)) for rows in order)
+        taken = ((data, rows.to(data.inputs.device)) for rows in order)
     else:
         starts = ((part, start) for part in chain([data], fresh) for start in range(0, part.train - size + 1, size))
         taken = ((part, slice(start, start + size)) for part, start in starts)
@@ -249,13 +257,13 @@ def fit(
     if not quantizers:  # every slot of the window is kept in full precision
         return Fitted({}, Course([], [], 0, None), 0)
     forward = window.learn(quantizers)
-    tokens = torch.zeros((), dtype=torch.int64, device=data.inputs.device)
+    tokens = torch.zeros((), dtype=torch.int64, device=data.weights.device)
     parameters = [(role, p) for q in quantizers.values() for role, own in q.groups().items() for p in own]
     data.ranks.same(tensor for q in quantizers.values() for tensor in q.state_dict().values())
 
     def learn(step: int, batch: tuple[Data, Tensor | slice]) -> Tensor:
         part, rows = batch
-        student = forward(part.inputs[rows], step / schedule.steps)
+        student = forward(part.entering(rows), step / schedule.steps)
         loss = objective.shared(part.taps(rows, student, head), data.ranks)
         loss.backward()
         return data.ranks.gathered(loss, [parameter for _, parameter in parameters])
@@ -311,7 +319,7 @@ def measure(
     first = data.inputs.shape[0] - data.held_out
     for start in range(first, data.inputs.shape[0], batch):
         part = slice(start, start + batch)
-        student = window.forward(data.inputs[part], weights)
+        student = window.forward(data.entering(part), weights)
         added, counted = objective.measure(data.taps(part, student, head))
         total, count = total + added, count + counted
     total, count = data.ranks.total(total, count)

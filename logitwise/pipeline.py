@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from logitwise.activations import Streams, choose_place
 from logitwise.allocation import with_bits
 from logitwise.calibrate import RunRows, rows_of_run, split
 from logitwise.calibration import fresh_rows
@@ -141,9 +142,10 @@ def quantize(
             )
         recipe, allocation = with_bits(job, recipe, data, folder, root, watcher) if data else (recipe, None)
         job, root, rewritten = rewritten_job(job, recipe, data, folder, root, watcher)
-        if fits and data:
+        streams = _streams(job, recipe, data, folder, watcher) if data else None
+        if fits and data and streams:
             still = {} if learns else {"objective": "mse", "steps": 0, "steps_last": 0}
-            steps = _fit(job, recipe.but(**still), data, folder, root, watcher)
+            steps = _fit(job, recipe.but(**still), data, folder, root, streams, watcher)
         else:
             steps = _round(job, recipe, folder, root, watcher)
         made_by, held_out_kl, unmet = _verdict(folder, steps, recipe, len(job.skeleton), watcher)
@@ -151,7 +153,8 @@ def quantize(
         def codes(slot: Slot) -> Quantized:
             return folder.load(made_by[slot.block].key, recipe.grid_of(slot.module), slot.name)
 
-        polished = _polish(job, recipe, data, folder, [s.key for s in made_by], codes, watcher) if data else None
+        keys = [step.key for step in made_by]
+        polished = _polish(job, recipe, data, folder, keys, codes, streams, watcher) if data else None
         if polished and polished.held_out:
             held_out_kl["polish"] = dict(polished.held_out)[polished.kept]
             if not polished.kept:
@@ -183,7 +186,19 @@ def quantize(
         return Result(out, recipe, job.choices, made_by[-1].objective, held_out_kl, unmet, report)
 
 
-def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, watcher: Watcher) -> list[Step]:
+def _streams(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, watcher: Watcher) -> Streams:
+    """Where hidden states are."""
+    rows = folder.ranks.count(min(recipe.most_rows, len(data.train))) + folder.ranks.count(len(data.held_out))
+    device = job.skeleton.device
+    place = choose_place(recipe.streams, bytes_of_streams(recipe, job.skeleton, rows), device)
+    if place.value != "device":
+        watcher.say(f"streams: {place.value} ({place.why})")
+    return Streams(place.value, device, folder.path)
+
+
+def _fit(
+    job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, streams: Streams, watcher: Watcher
+) -> list[Step]:
     """Every window fitted and in the run folder."""
     most = min(recipe.most_rows, len(data.train))
     ranks = folder.ranks
@@ -201,9 +216,10 @@ def _fit(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, root: str, 
     if last and job.skeleton.device.type in TRIED_ON:  # what does not fit is to show in the first minute, not the last
         with watcher.stage("Trying the last fit", 1) as stage:
             step = replace(last[0], batch=ranks.count(last[0].batch))
-            try_memory(job.skeleton, recipe, step, job.kept, bytes_of_streams(recipe, job.skeleton, len(both)))
+            beside = bytes_of_streams(recipe, job.skeleton, len(both)) if streams.place == "device" else 0
+            try_memory(job.skeleton, recipe, step, job.kept, beside)
             stage.advance()
-    Walk(job.skeleton, recipe, both, held_out, folder, job.kept, fresh, ranks).run(steps, watcher)
+    Walk(job.skeleton, recipe, both, held_out, folder, job.kept, fresh, ranks, streams).run(steps, watcher)
     if recipe.fresh_last:
         record = folder.record(steps[-1].key)
         _say_flat(
@@ -234,6 +250,7 @@ def _polish(
     folder: RunFolder,
     made_by: list[str],
     codes: Callable[[Slot], Quantized],
+    streams: Streams | None,
     watcher: Watcher,
 ) -> Polished | None:
     """All scales tuned together, from the run folder or now; None where that is not asked for."""
@@ -249,7 +266,9 @@ def _polish(
     if not folder.has(key):
         with watcher.stage("Polishing all scales", recipe.polish_steps) as stage:
             own = [part[ranks.share(len(part))] for part in (train, data.held_out)]
-            polish = Polish(job.skeleton, recipe, Rows.join(own), len(own[1]), codes, job.kept, ranks=ranks)
+            polish = Polish(
+                job.skeleton, recipe, Rows.join(own), len(own[1]), codes, job.kept, ranks=ranks, streams=streams
+            )
             batch = recipe.polish_batch or recipe.batch
             fresh = _fresh(job, recipe, batch, folder, key, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
             folder.save_polished(key, polish.run(stage, fresh, halfway(folder, key)))

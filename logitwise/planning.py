@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from logitwise.activations import choose_place
 from logitwise.audit import audit
 from logitwise.calibration import ANSWER_BATCH
 from logitwise.calibration import split as split_spec
@@ -97,9 +98,9 @@ def plan(
     machine = {name: outlined.choices[name].value for name in ("device", "compute_dtype")}
     size, stored, weights, parameters = _sizes(outlined, recipe, grid_of)
     with repeatable():
-        seconds, device_memory, ram, notes = _measured(outlined, recipe.but(**machine), watcher)
+        seconds, device_memory, ram, on_disk, notes = _measured(outlined, recipe.but(**machine), watcher)
     fates = Counter(fate.fate for fate in audit(outlined.source, outlined.every, outlined.kept))
-    run_folder = int(weights + stored / 8 - weights * recipe.grid.bits / 8)
+    run_folder = int(weights + stored / 8 - weights * recipe.grid.bits / 8) + on_disk
     place = Path(out or ".").absolute()
     return Plan(
         choices=outlined.choices,
@@ -135,8 +136,8 @@ def _sizes(outlined: Outline, recipe: Recipe, grid_of: Callable[[str], Grid]) ->
 
 def _measured(
     outlined: Outline, recipe: Recipe, watcher: Watcher
-) -> tuple[dict[str, float], int | None, int, list[str]]:
-    """Seconds of each part, bytes of GPU and of RAM at most, and what is left out."""
+) -> tuple[dict[str, float], int | None, int, int, list[str]]:
+    """Seconds of each part, bytes of GPU and of RAM at most, of streams on disk, and what is left out."""
     source, device = outlined.source, torch.device(recipe.device)
     weights_bytes = source.size_bytes
     seconds = {"reading and checking the model": weights_bytes / READING}
@@ -192,8 +193,12 @@ def _measured(
     notes += ["the time of --target-bits is not in it"] if recipe.target_bits is not None else []
     notes += ["the time of rewrites is not in it"] if recipe.rewrites else []
     of_streams = bytes_of_streams(recipe, outlined.skeleton, all_rows)
-    peak, resident = max(of_writing, of_fits + of_streams), psutil.Process().memory_info().rss
-    return (seconds, peak, resident, notes) if device.type == "cuda" else (seconds, None, resident + peak, notes)
+    where, resident = choose_place(recipe.streams, of_streams, device).value, psutil.Process().memory_info().rss
+    there = dict.fromkeys(("device", "cpu", "disk"), 0) | {where: of_streams}
+    peak, ram = max(of_writing, of_fits + there["device"]), resident + there["cpu"]
+    if device.type == "cuda":
+        return seconds, peak, ram, there["disk"], notes
+    return seconds, None, ram + peak, there["disk"], notes
 
 
 def _split(outlined: Outline, grid_of: Callable[[str], Grid], count: int) -> str | None:

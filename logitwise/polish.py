@@ -8,12 +8,14 @@ the full-precision model's distribution. How it goes backward through all blocks
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from logitwise.activations import Streams
 from logitwise.calibration.rows import Rows
 from logitwise.descent import Halfway, Schedule, descend
 from logitwise.errors import MachineError
@@ -88,6 +90,7 @@ class Polish:
         kept: slots that stay in full precision.
         teacher: the full-precision model, where it is another than the one whose vectors are learned.
         ranks: who has other rows.
+        streams: where hidden states are; on the device by default.
     """
 
     def __init__(
@@ -100,7 +103,9 @@ class Polish:
         kept: Callable[[Slot], bool],
         teacher: Skeleton | None = None,
         ranks: Ranks = ALONE,
+        streams: Streams | None = None,
     ) -> None:
+        self.streams = streams or Streams("device", skeleton.device, Path())
         self.skeleton, self.recipe, self.held_out, self.rows, self.ranks = skeleton, recipe, held_out, rows, ranks
         self.quantized, self.kept, self.teacher = quantized, kept, teacher or skeleton
         self.stored = skeleton.source.dtype
@@ -220,8 +225,11 @@ class Polish:
     def _pass(self, rows: Rows, calls: list[Call], held_out: int = 0) -> Data:
         """Rows embedded, and through the full-precision model."""
         device, at_once = self.skeleton.device, self.skeleton.rows_at_once(self.recipe.batch, rows.ids.shape[1])
-        inputs = self.skeleton.embed(rows.ids, batch=at_once)
-        hidden = inputs.clone() if self.teacher is self.skeleton else self.teacher.embed(rows.ids, batch=at_once)
+        inputs = self.skeleton.embed(rows.ids, batch=at_once, streams=self.streams)
+        if self.teacher is self.skeleton:
+            hidden = self.streams.copy(inputs)
+        else:
+            hidden = self.teacher.embed(rows.ids, batch=at_once, streams=self.streams)
         for block, call in enumerate(calls):
             self.teacher.advance(block, self.teacher.load_block(block), hidden, call, at_once)
         weights, following = rows.weights.to(device), rows.following.to(device)
@@ -229,10 +237,10 @@ class Polish:
 
     def _learn(self, data: Data, rows: Tensor | slice, learnable: LearnableBlocks) -> Tensor:
         """The loss of some rows; its gradient is left in the parameters."""
-        top, weights = learnable(data.inputs[rows]), data.weights[rows]
+        top, weights = learnable(data.entering(rows)), data.weights[rows]
         counted = weights > 0
         with torch.no_grad():
-            target = self.teacher_head.hidden(data.targets[rows][counted])
+            target = self.teacher_head.hidden(data.leaving(rows)[counted])
         loss = soft_cross_entropy(self._normed(top[counted]), target, weights[counted], self.head).cross_entropy
         loss = loss * self.ranks.part(weights.sum())
         loss.backward()
@@ -253,12 +261,12 @@ class Polish:
     def _measure(self, data: Data, calls: list[Call]) -> float:
         """Mean KL(teacher || student) of the held-out rows."""
         held = slice(len(data.inputs) - self.held_out, None)
-        hidden, weights = data.inputs[held].clone(), data.weights[held]
+        hidden, weights = data.entering(held).clone(), data.weights[held]
         for block, call in enumerate(calls):
             self.skeleton.advance(block, self._weights(block), hidden, call, self.recipe.batch)
         counted = weights > 0
         unused = torch.zeros(int(counted.sum()), dtype=torch.int64, device=hidden.device)
-        student, target = self._normed(hidden[counted]), self.teacher_head.hidden(data.targets[held][counted])
+        student, target = self._normed(hidden[counted]), self.teacher_head.hidden(data.leaving(held)[counted])
         found = compare(student, self.head, target, self.teacher_head, unused)
         shares = weights[counted].double().cpu()
         total, count = self.ranks.total(float((found.kl * shares).sum()), float(shares.sum()))

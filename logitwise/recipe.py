@@ -211,6 +211,9 @@ class Recipe(_Frozen):
     seed: int = Field(0, ge=0)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type blocks are computed in")
+    streams: Literal["auto", "device", "cpu", "disk"] = Field(
+        "auto", description="where the hidden states of all rows are between two blocks"
+    )
 
     @property
     def grid(self) -> Grid:

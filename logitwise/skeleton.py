@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from logitwise.activations import Streams
 from logitwise.errors import SourceError
 from logitwise.source.base import Source
 
@@ -282,22 +284,32 @@ class Skeleton:
     ) -> None:
         """`hidden` in place becomes one block's output, `batch` rows at a time."""
         for part in hidden.split(batch):
-            part.copy_(self.run(block, weights, part, call))
+            part.copy_(self.run(block, weights, part.to(self.device), call))
 
     def embed(
-        self, ids: Int64[Tensor, "rows tokens"], source: Source | None = None, batch: int = 8
+        self,
+        ids: Int64[Tensor, "rows tokens"],
+        source: Source | None = None,
+        batch: int = 8,
+        streams: Streams | None = None,
     ) -> Float[Tensor, "rows tokens d"]:
-        """The hidden states that enter the first block."""
-        parts: list[Tensor] = []
+        """The hidden states that enter the first block; on the device where no other place is given."""
+        place = streams or Streams("device", self.device, Path())
+        made: list[Tensor] = []
+        done = 0
 
         def stop(hidden: Tensor, call: Call) -> None:
-            parts.append(hidden)
+            nonlocal done
+            if not made:
+                made.append(place.empty((len(ids), *hidden.shape[1:]), hidden.dtype))
+            made[0][done : done + len(hidden)] = hidden
+            done += len(hidden)
             raise _Reached
 
         with self.outside(source), self._standing(lambda block: stop), torch.no_grad():
             for rows in ids.to(self.device).split(batch):
                 self._run_base(rows)
-        return torch.cat(parts)
+        return made[0]
 
     def calls(self, tokens: int) -> list[Call]:
         """How each block is called on rows of `tokens` tokens; arguments fit any number of rows."""

@@ -143,7 +143,8 @@ def fit_parts(
     for part in parts:
         teacher = Inside(window, part.ends)
         with torch.no_grad():
-            targets = torch.cat([teacher.forward(rows, {}) for rows in data.inputs.split(schedule.batch)])
+            batches = (rows.to(data.weights.device) for rows in data.inputs.split(schedule.batch))
+            targets = torch.cat([teacher.forward(rows, {}).to(data.targets.device) for rows in batches])
         own = {slot: quantizers[slot] for slot in part.slots}
         ending, inside = Inside(student, part.ends), replace(data, targets=targets)
         # New rows come only once; those there are come again and again, whatever the last stage learns from.

@@ -17,6 +17,7 @@ from itertools import filterfalse, zip_longest
 import torch
 from torch import Tensor
 
+from logitwise.activations import Streams
 from logitwise.calibration.rows import Rows
 from logitwise.descent import Schedule
 from logitwise.fit import Data, Fitted, Window, fit, measure
@@ -46,6 +47,7 @@ class Walk:
         kept: slots that stay in full precision.
         fresh: new rows without end for the final blocks; None where none are asked for.
         ranks: who has other rows.
+        streams: where hidden states are; on the device by default.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class Walk:
         kept: Callable[[Slot], bool],
         fresh: Iterator[Rows] | None = None,
         ranks: Ranks = ALONE,
+        streams: Streams | None = None,
     ) -> None:
         self.skeleton, self.recipe, self.rows, self.held_out = skeleton, recipe, rows, held_out
         self.folder, self.kept, self.fresh, self.ranks = folder, kept, fresh, ranks
+        self.streams = streams or Streams("device", skeleton.device, folder.path)
         self.at_once = skeleton.rows_at_once(recipe.batch, rows.ids.shape[1])
 
     def run(self, steps: list[Step], watcher: Watcher) -> None:
@@ -77,8 +81,8 @@ class Walk:
         fork = refits[0].blocks[0] if refits else depth
         with watcher.stage("Fitting blocks", sum(self._cost(step) for step in missing)) as stage:
             calls = self.skeleton.calls(self.rows.ids.shape[1])
-            teacher = self.skeleton.embed(self.rows.ids, batch=self.at_once)
-            student = at_fork = teacher.clone()
+            teacher = self.skeleton.embed(self.rows.ids, batch=self.at_once, streams=self.streams)
+            student = at_fork = self.streams.copy(teacher)
             taught = 0  # blocks that the teacher's hidden states have come through
             head: Head | None = None
             for step, following in zip_longest(fits, fits[1:]):
@@ -92,7 +96,7 @@ class Walk:
                 behind = following.blocks[0] if following else max(fork, step.blocks[0]) if refits else step.blocks[0]
                 for block in range(step.blocks[0], behind):
                     if block == fork:
-                        at_fork = student.clone()
+                        at_fork = self.streams.copy(student)
                     window.advance(student, weights, self.at_once, range(block, block + 1))
                 if behind <= fork:
                     at_fork = student
@@ -126,7 +130,7 @@ class Walk:
             return {s: self.folder.load(step.key, grid, s.name).to(device) for s, grid in grids.items()}
         targets = teacher
         if step.refit and recipe.teacher_last == "quantized":
-            targets = student.clone()
+            targets = self.streams.copy(student)
             window.advance(targets, {}, self.at_once)
         following = self.rows.following.to(device)
         weights, train = self.rows.weights.to(device), self.ranks.count(step.train)
