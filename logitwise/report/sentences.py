@@ -63,6 +63,9 @@ def lost(original: Json, ranked: list[Json]) -> str:
     if original["tasks"]:
         parts = []
         for model in ranked:
+            if not model["tasks"]["lost"] + model["tasks"]["gained"]:
+                parts.append(f"{model['name']} the same ones")
+                continue
             low, high = (100 * end for end in model["tasks"]["interval"])
             surely = "" if high < 0 or low > 0 else ", which may be chance"
             solves = f"{model['name']} {percent(model['tasks']['accuracy'])}"
