@@ -40,7 +40,7 @@ class Streams:
         if self.place == "device":
             return torch.empty(*shape, dtype=dtype, device=self.device)
         if self.place == "cpu":
-            return torch.empty(*shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+            return torch.empty(*shape, dtype=dtype)
         count = torch.Size(shape).numel()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -66,13 +66,16 @@ class Streams:
         return self.empty(stream.shape, stream.dtype).copy_(stream)
 
 
-def choose_place(asked: Literal["auto"] | Place, size: int, device: torch.device) -> Choice:
-    """Where streams of so many bytes are, and why: the device where they leave half of what is free, RAM likewise."""
+def choose_place(asked: Literal["auto"] | Place, size: int, device: torch.device, sharing: int = 1) -> Choice:
+    """Where streams of so many bytes are, and why: the device where they leave half of what is free, RAM likewise.
+
+    `sharing` processes, with as many bytes each, share the machine's RAM.
+    """
     gib = f"{size / 2**30:.1f} GiB of activations"
     if asked != "auto":
         return Choice(asked, "as asked")
-    if size <= free_memory(device) // 2:
+    if size * (sharing if device.type == "cpu" else 1) <= free_memory(device) // 2:
         return Choice("device", f"{gib} leave half of what is free")
-    if device.type != "cpu" and size <= free_memory(torch.device("cpu")) // 2:
+    if device.type != "cpu" and size * sharing <= free_memory(torch.device("cpu")) // 2:
         return Choice("cpu", f"{gib} are more than half of what is free on {device}")
     return Choice("disk", f"{gib} are more than half of the free memory")

@@ -392,7 +392,7 @@ def _watching(quiet: bool, verbose: bool, log: Path | None, many: bool = False) 
     terminal = TerminalWatcher(Console(stderr=True), quiet, verbose)
     with ExitStack() as open_now:
         open_now.enter_context(enough_memory("choose another --device, smaller numbers, or a machine with more"))
-        if log is None:
+        if log is None or rank():
             yield terminal
             return
         file = open_now.enter_context(log.open("w", encoding="utf-8"))

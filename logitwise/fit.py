@@ -189,11 +189,11 @@ class Data:
 
     def entering(self, rows: Tensor | slice) -> Float[Tensor, "rows tokens d"]:
         """What the student's window reads of some rows, on the device."""
-        return self.inputs[rows].to(self.weights.device, non_blocking=True)
+        return self.inputs[rows].to(self.weights.device)
 
     def leaving(self, rows: Tensor | slice) -> Float[Tensor, "rows tokens leaving"]:
         """What the teacher's window puts out for some rows, on the device."""
-        return self.targets[rows].to(self.weights.device, non_blocking=True)
+        return self.targets[rows].to(self.weights.device)
 
     def taps(self, rows: Tensor | slice, student: Float[Tensor, "rows tokens d"], head: Head | None) -> Taps:
         """What an objective sees of some rows."""

@@ -18,6 +18,10 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
+SAID = ("can't allocate memory", "Cannot allocate memory", "out of memory")
+"""How torch says that memory is not enough, where it has no error of its own for that."""
+
+
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
     """Says what helps where memory runs out.
@@ -26,9 +30,10 @@ def enough_memory(remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        asked = str(error).splitlines()[0] if str(error) else "nothing more was given"
-        if type(error) is RuntimeError and "can't allocate memory" not in asked:
+    except (MemoryError, RuntimeError) as error:
+        sure = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not sure and not any(words in str(error) for words in SAID):
             raise
+        asked = str(error).splitlines()[0] if str(error) else "nothing more was given"
         place = "GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
         raise MachineError(f"the {place} is not enough", asked, remedy) from error

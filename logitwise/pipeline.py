@@ -21,6 +21,7 @@ from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError
 from logitwise.fit import Window
 from logitwise.grid import Quantized
+from logitwise.launch import started_here
 from logitwise.machine import repeatable, versions
 from logitwise.memory import enough_memory
 from logitwise.polish import POLISHED, Polish, Polished
@@ -115,10 +116,10 @@ def quantize(
     reads = fits or recipe.polish or recipe.target_bits is not None or bool(set(recipe.rewrites) & set(READ_INPUTS))
     if rows is not None and reads:
         split(rows, recipe)
-    if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
-        watcher.say(f"{recipe.method} reads no text: --calibration is not used")
-    with repeatable(), enough_memory(LESS_MEMORY), joined() as ranks, ExitStack() as running:
+    with repeatable(), enough_memory(LESS_MEMORY), joined(recipe.device) as ranks, ExitStack() as running:
         watcher = watcher if ranks.first else SILENT
+        if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
+            watcher.say(f"{recipe.method} reads no text: --calibration is not used")
         writes_more = recipe.fresh_last or recipe.polish_fresh
         check_shared(recipe, ranks.world)
         job = check(model, out, recipe, overwrite, reads and (rows is None or writes_more), revision, watcher)
@@ -133,6 +134,7 @@ def quantize(
             folder.empty()
         settings = {name: job.choices[name].value for name in ("device", "compute_dtype")}
         root = chain("logitwise", model=job.digest, versions=versions(), numerics=NUMERICS, **settings)
+        ranks.refuse_others(root)
         data = rows_of_run(job.skeleton, recipe, rows, folder, root, watcher) if reads else None
         if data and any(0 < len(part) < ranks.world for part in (data.train, data.held_out)):
             raise CalibrationError(
@@ -188,9 +190,11 @@ def quantize(
 
 def _streams(job: Job, recipe: Recipe, data: RunRows, folder: RunFolder, watcher: Watcher) -> Streams:
     """Where hidden states are."""
-    rows = folder.ranks.count(min(recipe.most_rows, len(data.train))) + folder.ranks.count(len(data.held_out))
-    device = job.skeleton.device
-    place = choose_place(recipe.streams, bytes_of_streams(recipe, job.skeleton, rows), device)
+    most = min(recipe.most_rows, len(data.train))
+    if recipe.polish:
+        most = max(most, len(data.train[: recipe.polish_rows]))
+    rows, device = folder.ranks.count(most) + folder.ranks.count(len(data.held_out)), job.skeleton.device
+    place = choose_place(recipe.streams, bytes_of_streams(recipe, job.skeleton, rows), device, started_here())
     if place.value != "device":
         watcher.say(f"streams: {place.value} ({place.why})")
     return Streams(place.value, device, folder.path)

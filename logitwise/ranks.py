@@ -14,7 +14,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 
 from logitwise.errors import MachineError, RecipeError
-from logitwise.launch import started
+from logitwise.launch import started, started_here
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for another: the first may write text for hours. torchrun ends them all when one has died."""
@@ -50,7 +50,7 @@ class Ranks:
             return 1.0
         total = count.detach().clone()
         self.add([total])
-        return count / total
+        return torch.where(total > 0, count / total, torch.zeros_like(total))  # the loss is 0 where nothing counts
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor in place becomes its sum over all ranks.
@@ -88,8 +88,8 @@ class Ranks:
         """
         if self.world > 1:
             with _others():
-                for tensor in tensors:
-                    distributed.broadcast(tensor, 0)
+                for tensor in tensors:  # as bytes: backends do not know all types
+                    distributed.broadcast(tensor.detach().view(-1).view(torch.uint8), 0)
 
     def agree(self, value: bool) -> bool:
         """What the first rank says; all wait for it.
@@ -99,6 +99,21 @@ class Ranks:
         said = torch.tensor(value)
         self.same([said])
         return bool(said)
+
+    def refuse_others(self, key: str) -> None:
+        """Refuses ranks that have another key (hexadecimal) than the first.
+
+        Errors: RecipeError.
+        """
+        own = int(key[:12], 16)
+        (of_first,) = self.total(own if self.first else 0)
+        (others,) = self.total(own != of_first)
+        if others:
+            raise RecipeError(
+                "not all processes have the same to do",
+                f"{int(others)} of {self.world} have another model, other settings or other versions of packages",
+                "give all machines the same model, command and environment",
+            )
 
     def wait(self) -> None:
         """Until all ranks are here.
@@ -124,30 +139,41 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(device: str = "auto") -> Iterator[Ranks]:
     """The processes that torchrun has started, or this one alone. On a GPU each has its own, `cuda` from here on.
 
-    Errors: RecipeError where there are more processes than GPUs; MachineError where the others are not found.
+    Errors: RecipeError where there are more processes than GPUs, or not all is said of them; MachineError where the
+    others are not found.
     """
+    if distributed.is_available() and distributed.is_initialized():  # the caller's, and so theirs to end
+        if "cpu:" not in distributed.get_backend_config():
+            raise RecipeError(
+                "the process group has no backend for a CPU",
+                f"it was made with {distributed.get_backend_config()}",
+                'make it by init_process_group("cpu:gloo,cuda:nccl"), or leave that to logitwise',
+            )
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+        return
     if started() == 1:
         yield ALONE
         return
-    if distributed.is_initialized():  # the caller's, and so theirs to end
-        yield Ranks(distributed.get_rank(), distributed.get_world_size())
-        return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if wanted > there:
+    on_gpus = torch.cuda.is_available() and device != "cpu"
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", *(("LOCAL_RANK", "LOCAL_WORLD_SIZE") if on_gpus else ())):
+        if not os.environ.get(name):
+            raise RecipeError(
+                f"{name} is not set", f"WORLD_SIZE is {started()}", "start with torchrun, or unset WORLD_SIZE"
+            )
+    if on_gpus:
+        there = torch.cuda.device_count()
+        if started_here() > there:
             raise RecipeError(
                 "there are more processes than GPUs",
-                f"this machine has {there} of them for {wanted} processes",
+                f"this machine has {there} of them for {started_here()} processes",
                 f"start torchrun with --nproc-per-node {there}",
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
     with _others():
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:

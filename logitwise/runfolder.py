@@ -240,6 +240,8 @@ class RunFolder:
                 "wait until it has ended, or choose another OUT",
             ) from error
         try:
+            for file in self.path.glob("*.stream"):  # of a process that was killed while it took their place
+                file.unlink()
             yield
         finally:
             if [file.name for file in self.path.glob("*")] == [LOCK]:

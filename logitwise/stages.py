@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from logitwise.activations import Streams
 from logitwise.descent import Schedule
 from logitwise.errors import SourceError
 from logitwise.fit import Data, Fitted, Window, fit
@@ -128,6 +130,7 @@ def fit_parts(
     schedule: Schedule,
     stage: Stage,
     units: Callable[[Part], float] = lambda part: 1,
+    streams: Streams | None = None,
 ) -> list[Fitted]:
     """Fits each part in turn, with all the steps of the schedule; held-out rows choose by the part's own error.
 
@@ -137,14 +140,14 @@ def fit_parts(
         objective: the error.
         data: its targets are not looked at.
         units: what a step of a part advances `stage` by.
+        streams: where its targets are; on the device by default.
     """
     found: list[Fitted] = []
     student = window
     for part in parts:
         teacher = Inside(window, part.ends)
         with torch.no_grad():
-            batches = (rows.to(data.weights.device) for rows in data.inputs.split(schedule.batch))
-            targets = torch.cat([teacher.forward(rows, {}).to(data.targets.device) for rows in batches])
+            targets = _of_all(teacher, data, schedule.batch, streams or Streams("device", data.weights.device, Path()))
         own = {slot: quantizers[slot] for slot in part.slots}
         ending, inside = Inside(student, part.ends), replace(data, targets=targets)
         # New rows come only once; those there are come again and again, whatever the last stage learns from.
@@ -152,3 +155,14 @@ def fit_parts(
         found.append(fit(ending, own, objective, None, inside, again, stage, units(part)))
         student = student.fixing({slot: q.dequantize() for slot, q in found[-1].quantized.items()})
     return found
+
+
+def _of_all(window: Window, data: Data, batch: int, streams: Streams) -> Tensor:
+    """What a window puts out for all rows."""
+    found: list[Tensor] = []
+    for start in range(0, len(data.inputs), batch):
+        leaving = window.forward(data.entering(slice(start, start + batch)), {})
+        if not found:
+            found.append(streams.empty((len(data.inputs), *leaving.shape[1:]), leaving.dtype))
+        found[0][start : start + batch] = leaving
+    return found[0]

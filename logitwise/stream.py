@@ -144,7 +144,7 @@ class Walk:
         objective = OBJECTIVES[step.objective](**recipe.objective_settings) if step.refit else error
         began = time.monotonic()
         parts, per_step, per_part = self._parts(step), self._cost_of_a_step(step), partial(self._cost_of_a_part, step)
-        early = fit_parts(parts, window, quantizers, error, data, schedule, stage, per_part)
+        early = fit_parts(parts, window, quantizers, error, data, schedule, stage, per_part, self.streams)
         quantized = {slot: q for part in early for slot, q in part.quantized.items()}
         rest = window.fixing({slot: q.dequantize() for slot, q in quantized.items()})
         own = {slot: quantizers[slot] for slot in rest.slots}

@@ -38,9 +38,14 @@ def halfway(folder: RunFolder, key: str) -> Halfway:
         began = time.monotonic()
 
     def load() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        steps = sorted((file.stem for file in folder.path.glob(f"{key}-step-*.json")), reverse=True)
-        newest = next(filter(folder.has, steps), None)
-        return None if newest is None else (folder.load_tensors(newest), folder.record(newest))
+        newest = 0
+        with folder.ranks.first_alone() as mine:  # others may not see the same files yet
+            if mine:
+                steps = sorted((file.stem for file in folder.path.glob(f"{key}-step-*.json")), reverse=True)
+                newest = int(next(filter(folder.has, steps), "0").rpartition("-")[2])
+        (newest,) = map(int, folder.ranks.total(newest if folder.ranks.first else 0))
+        own = f"{key}-step-{newest:08}"
+        return (folder.load_tensors(own), folder.record(own)) if newest else None
 
     return Halfway(save, load)
 

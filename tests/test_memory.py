@@ -7,7 +7,11 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
 from source_files import llama_config, random_model, save
+
+from logitwise.errors import MachineError
+from logitwise.memory import enough_memory
 
 MEASURE = """
 import ctypes, json, sys, torch
@@ -74,3 +78,24 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path, text: Path) -> None:
     assert mean(after[-6:-1]) - mean(after[5:10]) < 13 * block * 0.25
     # The polish holds the scales of all blocks, with moments; of their weights it holds one block's.
     assert peak - fitted < DEPTH * block * 0.25
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 GiB"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_is_said_with_what_helps(error: Exception) -> None:
+    with pytest.raises(MachineError, match=r"is not enough(.|\n)*do:   buy more"), enough_memory("buy more"):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("no"), torch.linalg.LinAlgError("singular"), RuntimeError("other")]
+)
+def test_other_errors_are_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)), enough_memory("buy more"):
+        raise error

@@ -23,7 +23,7 @@ from logitwise.objectives import OBJECTIVES
 from logitwise.optimizers import Optimizers
 from logitwise.preflight import check_shared
 from logitwise.quantizers import QUANTIZERS, STARTS
-from logitwise.ranks import ALONE, Ranks
+from logitwise.ranks import ALONE, Ranks, joined
 from logitwise.recipe import Recipe
 from logitwise.skeleton import Skeleton
 from logitwise.watch import Stage
@@ -163,6 +163,30 @@ def test_what_a_slot_reads_is_that_of_all_ranks(skeletons: list[Skeleton]) -> No
             torch.testing.assert_close(other[slot], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_where_nothing_counts_there_is_no_part_of_a_mean() -> None:
+    counts = {0: torch.tensor(0.0), 1: torch.tensor(3.0)}
+    assert Threads(2).run(lambda ranks: float(ranks.part(counts[0]))) == [0, 0]
+    assert Threads(2).run(lambda ranks: float(ranks.part(counts[ranks.rank]))) == [0, 1]
+
+
+def test_ranks_that_do_not_do_the_same_are_refused() -> None:
+    assert Threads(2).run(lambda ranks: ranks.refuse_others("0123456789abcdef")) == [None, None]
+
+    def refused(ranks: Ranks) -> str:
+        with pytest.raises(RecipeError) as error:
+            ranks.refuse_others(f"{ranks.rank}123456789abcdef")
+        return error.value.why
+
+    for why in Threads(2).run(refused):
+        assert "1 of 2 have another model" in why
+
+
+def test_variables_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match=r"RANK is not set(.|\n)*unset WORLD_SIZE"), joined():
+        pass
+
+
 def test_rows_are_shared_without_one_left_out() -> None:
     for count in (1, 4, 7):
         rows = [list(range(count))[Ranks(rank, 3).share(count)] for rank in range(3)]
@@ -209,10 +233,12 @@ def finish(place: Path, world: int, words: tuple[str, ...] = QUANTIZE) -> dict[s
 
 
 def test_two_processes_make_one_checkpoint_and_the_same_again(place: Path) -> None:
-    made = finish(place, 2)
+    """By the method with most kinds of state."""
+    words = (*QUANTIZE, "--method", "gsq", "--symmetric")
+    made = finish(place, 2, words)
     assert "held-out KL" in (place / heard_by(0)).read_text()
     assert not (place / heard_by(1)).read_text()
-    assert finish(place, 2) == made
+    assert finish(place, 2, words) == made
 
 
 def test_a_lost_process_ends_the_run_and_another_number_goes_on(place: Path) -> None:
