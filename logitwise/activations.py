@@ -32,6 +32,11 @@ class Streams:
     def __init__(self, place: Place, device: torch.device, folder: Path) -> None:
         self.place, self.device, self.folder = place, device, folder
 
+    @classmethod
+    def on(cls, device: torch.device) -> "Streams":
+        """Tensors on the device itself."""
+        return cls("device", device, Path())
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor to be filled.
 

@@ -8,7 +8,6 @@ the full-precision model's distribution. How it goes backward through all blocks
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -105,7 +104,7 @@ class Polish:
         ranks: Ranks = ALONE,
         streams: Streams | None = None,
     ) -> None:
-        self.streams = streams or Streams("device", skeleton.device, Path())
+        self.streams = streams or Streams.on(skeleton.device)
         self.skeleton, self.recipe, self.held_out, self.rows, self.ranks = skeleton, recipe, held_out, rows, ranks
         self.quantized, self.kept, self.teacher = quantized, kept, teacher or skeleton
         self.stored = skeleton.source.dtype

@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -294,7 +293,7 @@ class Skeleton:
         streams: Streams | None = None,
     ) -> Float[Tensor, "rows tokens d"]:
         """The hidden states that enter the first block; on the device where no other place is given."""
-        place = streams or Streams("device", self.device, Path())
+        place = streams or Streams.on(self.device)
         made: list[Tensor] = []
         done = 0
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,7 +146,7 @@ def fit_parts(
     for part in parts:
         teacher = Inside(window, part.ends)
         with torch.no_grad():
-            targets = _of_all(teacher, data, schedule.batch, streams or Streams("device", data.weights.device, Path()))
+            targets = _of_all(teacher, data, schedule.batch, streams or Streams.on(data.weights.device))
         own = {slot: quantizers[slot] for slot in part.slots}
         ending, inside = Inside(student, part.ends), replace(data, targets=targets)
         # New rows come only once; those there are come again and again, whatever the last stage learns from.

@@ -64,7 +64,7 @@ class Walk:
     ) -> None:
         self.skeleton, self.recipe, self.rows, self.held_out = skeleton, recipe, rows, held_out
         self.folder, self.kept, self.fresh, self.ranks = folder, kept, fresh, ranks
-        self.streams = streams or Streams("device", skeleton.device, folder.path)
+        self.streams = streams or Streams.on(skeleton.device)
         self.at_once = skeleton.rows_at_once(recipe.batch, rows.ids.shape[1])
 
     def run(self, steps: list[Step], watcher: Watcher) -> None:

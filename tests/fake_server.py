@@ -139,32 +139,39 @@ class Engine:
         }
 
 
+class SpeaksJson:
+    """A request handler that reads and sends JSON, and says nothing of it."""
+
+    def body(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        return found
+
+    def send(self, body: dict[str, Any], code: int = 200) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *words: object) -> None:
+        return
+
+
 @contextmanager
 def serving(engine: Engine) -> Iterator[str]:
     """The address of a server, which ends with the body."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(SpeaksJson, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             models = [{"id": name, "object": "model", "created": 0, "owned_by": "me"} for name in engine.names]
             self.send({"object": "list", "data": [{**model, "max_model_len": engine.room} for model in models]})
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             try:
-                self.send(engine.reply(self.path, body))
+                self.send(engine.reply(self.path, self.body()))
             except Refused as refused:
                 self.send({"error": {"message": str(refused)}}, 400)
-
-        def send(self, body: dict[str, Any], code: int = 200) -> None:
-            content = json.dumps(body).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *words: object) -> None:
-            return
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = Thread(target=server.serve_forever, args=(0.02,))

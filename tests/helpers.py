@@ -9,6 +9,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from logitwise.fit import Window
+from logitwise.skeleton import Skeleton
 from logitwise.source.base import Source
 
 VOCABULARY = 131
@@ -103,6 +105,17 @@ class MemorySource(Source):
     @property
     def size_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.state.values())
+
+
+def last_block(skeleton: Skeleton, rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, and what enters and leaves the last block of a tiny model in full precision."""
+    ids = torch.randint(VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(3))
+    inputs, calls, last = skeleton.embed(ids), skeleton.calls(tokens), len(skeleton) - 1
+    for block in range(last):
+        Window(skeleton, range(block, block + 1), calls, lambda slot: False).advance(inputs, {}, 8)
+    targets = inputs.clone()
+    Window(skeleton, range(last, last + 1), calls, lambda slot: False).advance(targets, {}, 8)
+    return ids, inputs, targets
 
 
 def assert_finite_differences(parameter: Tensor, value: Callable[[], float], step: float = 1e-6) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers import VOCABULARY, MemorySource, tiny_model
+from helpers import MemorySource, last_block, tiny_model
 from torch import Tensor, nn
 
 from logitwise.descent import Schedule
@@ -33,13 +33,7 @@ def skeleton() -> Skeleton:
 @pytest.fixture(scope="module")
 def data(skeleton: Skeleton) -> Data:
     """The last block: its inputs, its outputs."""
-    ids = torch.randint(VOCABULARY, (TRAIN + HELD_OUT, TOKENS), generator=torch.Generator().manual_seed(3))
-    hidden = skeleton.embed(ids)
-    calls = skeleton.calls(TOKENS)
-    for block in (0, 1):
-        Window(skeleton, range(block, block + 1), calls, lambda slot: False).advance(hidden, {}, 8)
-    targets = hidden.clone()
-    Window(skeleton, range(2, 3), calls, lambda slot: False).advance(targets, {}, 8)
+    ids, hidden, targets = last_block(skeleton, TRAIN + HELD_OUT, TOKENS)
     weights = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(4)) > 0.3).float()
     return Data(hidden, targets, weights, ids.roll(-1, 1), TRAIN, HELD_OUT)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCABULARY, MemorySource, tiny_model
+from helpers import MemorySource, last_block, tiny_model
 from killable import HEARD, QUANTIZE, contents, heard_by, make_model, start, start_ranks
 from torch import Tensor
 
@@ -86,12 +86,7 @@ def skeletons() -> list[Skeleton]:
 
 def shared(skeleton: Skeleton, ranks: Ranks) -> Data:
     """This rank's rows of the last block's data; positions count unequally."""
-    ids = torch.randint(VOCABULARY, (TRAIN + HELD_OUT, TOKENS), generator=torch.Generator().manual_seed(3))
-    hidden, calls = skeleton.embed(ids), skeleton.calls(TOKENS)
-    for block in (0, 1):
-        Window(skeleton, range(block, block + 1), calls, lambda slot: False).advance(hidden, {}, 8)
-    targets = hidden.clone()
-    Window(skeleton, range(2, 3), calls, lambda slot: False).advance(targets, {}, 8)
+    ids, hidden, targets = last_block(skeleton, TRAIN + HELD_OUT, TOKENS)
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(4))
     weights[weights < 0.4] = 0
     parts = (hidden, targets, weights, ids.roll(-1, 1))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCABULARY, MemorySource, tiny_model
+from helpers import MemorySource, last_block, tiny_model
 from source_files import tokenizer
 
 from logitwise import unfinished
@@ -125,11 +125,7 @@ def skeleton() -> Skeleton:
 @pytest.fixture(scope="module")
 def data(skeleton: Skeleton) -> Data:
     """The last block: its inputs, its outputs."""
-    ids = torch.randint(VOCABULARY, (TRAIN + HELD_OUT, TOKENS), generator=torch.Generator().manual_seed(3))
-    inputs, calls = skeleton.embed(ids), skeleton.calls(TOKENS)
-    Window(skeleton, range(2), calls, lambda slot: False).advance(inputs, {}, 8)
-    targets = inputs.clone()
-    Window(skeleton, range(2, 3), calls, lambda slot: False).advance(targets, {}, 8)
+    ids, inputs, targets = last_block(skeleton, TRAIN + HELD_OUT, TOKENS)
     return Data(inputs, targets, torch.ones(ids.shape), ids.roll(-1, 1), TRAIN, HELD_OUT)
 
 

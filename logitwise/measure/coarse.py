@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from logitwise.measure.divergence import Divergence
-from logitwise.objectives.soft import chunks
+from logitwise.measure.divergence import Divergence, in_chunks
 from logitwise.skeleton import Head
 
 LEAST_REST = 1e-6
@@ -53,13 +52,11 @@ def coarse_divergence(
         teacher: what enters its final norm, read in the type of its head.
         written: the token that the text goes on with.
     """
-    found: list[tuple[Tensor, ...]] = []
-    for part in chunks(len(teacher), teacher_head.weight.shape[0]):
-        above = teacher_head.hidden(teacher[part].to(teacher_head.weight))
-        log_p = torch.log_softmax(teacher_head.logits(above), -1).cpu()
-        found.append(coarsely_compared(log_p, reported.ids[part], reported.log_q[part], written[part]))
-    columns = [torch.cat(column) for column in zip(*found, strict=True)]
-    return Divergence(*(column.double() if column.is_floating_point() else column for column in columns))
+
+    def columns(part: slice, log_p: Tensor) -> tuple[Tensor, ...]:
+        return coarsely_compared(log_p.cpu(), reported.ids[part], reported.log_q[part], written[part])
+
+    return in_chunks(teacher, teacher_head, columns)
 
 
 def coarsely_compared(

@@ -4,6 +4,7 @@ Everything here is teacher-forced: both read the same text, full precision's own
 for the next token. What happens once a model has gone its own way, `answers.py` measures.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,14 +66,24 @@ def divergence(
             its head.
         written: the token that the text goes on with.
     """
-    found: list[tuple[Tensor, ...]] = []
-    for part in chunks(len(teacher), teacher_head.weight.shape[0]):
-        above = teacher_head.hidden(teacher[part].to(teacher_head.weight))
-        log_p = torch.log_softmax(teacher_head.logits(above), -1)
+
+    def columns(part: slice, log_p: Tensor) -> tuple[Tensor, ...]:
         log_q = torch.log_softmax(student_head.logits(student_head.hidden(student[part])), -1)
-        found.append(compared(log_p, log_q, written[part].to(log_p.device)))
-    columns = [torch.cat(column).cpu() for column in zip(*found, strict=True)]
-    return Divergence(*(column.double() if column.is_floating_point() else column for column in columns))
+        return compared(log_p, log_q, written[part].to(log_p.device))
+
+    return in_chunks(teacher, teacher_head, columns)
+
+
+def in_chunks(
+    teacher: Float[Tensor, "tokens d"], head: Head, columns: Callable[[slice, Tensor], tuple[Tensor, ...]]
+) -> Divergence:
+    """What `columns` makes of some positions and the teacher's log-probabilities there, for all of them."""
+    found: list[tuple[Tensor, ...]] = []
+    for part in chunks(len(teacher), head.weight.shape[0]):
+        above = head.hidden(teacher[part].to(head.weight))
+        found.append(columns(part, torch.log_softmax(head.logits(above), -1)))
+    joined = [torch.cat(column).cpu() for column in zip(*found, strict=True)]
+    return Divergence(*(column.double() if column.is_floating_point() else column for column in joined))
 
 
 def compared(

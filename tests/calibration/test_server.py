@@ -7,6 +7,7 @@ from threading import Lock, Thread
 from typing import Any
 
 import pytest
+from fake_server import SpeaksJson
 from source_files import tokenizer
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from logitwise.calibration.server import ask_answers
 from logitwise.errors import CalibrationError, MachineError
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(SpeaksJson, BaseHTTPRequestHandler):
     """Answers every prompt with how many tokens it has; from `fails_after` requests on it fails."""
 
     asked: list[dict[str, Any]]
@@ -28,7 +29,7 @@ class Server(BaseHTTPRequestHandler):
         self.send({"object": "list", "data": [{"id": "the model", "object": "model", "created": 0, "owned_by": "me"}]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         with self.lock:
             self.asked.append(body)
             count = len(self.asked)
@@ -39,17 +40,6 @@ class Server(BaseHTTPRequestHandler):
         choice = {"index": 0, "text": f"the prompt has {length} tokens", "logprobs": None}
         choice["finish_reason"] = "length" if length % 2 else "stop"
         self.send({"id": "1", "object": "text_completion", "created": 0, "model": "the model", "choices": [choice]})
-
-    def send(self, body: dict[str, Any], code: int = 200) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *words: object) -> None:
-        return
 
 
 @pytest.fixture
