@@ -74,12 +74,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["flexround"], choices=QUANTIZERS)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--blocks", type=int, default=1, help="learned together")
+    parser.add_argument("--dtype", default="bfloat16" if CUDA else "float32", help="that blocks are computed in")
     given = parser.parse_args()
     found = []
     for shape in given.shapes:
         config = dict(COT if shape == "cot-22m" else SHAPES[shape])
         config.pop("depth", None)
-        device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+        device, dtype = "cuda" if CUDA else "cpu", getattr(torch, given.dtype)
         made = LlamaConfig(**config, num_hidden_layers=given.blocks, tie_word_embeddings=False, dtype="bfloat16")
         skeleton = Skeleton(RandomSource(made), torch.device(device), dtype)
         rows, tokens = ROWS[shape]

@@ -1,17 +1,18 @@
-"""Checkpoints of other tools to refit: AutoRound's or GPTQModel's, on the calibration rows that ours have.
+"""Checkpoints of other tools to refit, made on the calibration rows that ours have.
 
     PYTHON benchmarks/make_others.py autoround --model DIR --eval DIR --out DIR [--grids w2g64 ...] [--rows-seeds 1 2 3]
-    PYTHON benchmarks/make_others.py gptqmodel --model DIR --eval DIR --out DIR
+    PYTHON benchmarks/make_others.py gptqmodel|llmcompressor|autoawq --model DIR --eval DIR --out DIR
 
-PYTHON is that of the tool's own environment, which needs no logitwise. AutoRound's: torch==2.13.0, then, with that
-version held by a constraints file, auto-round==0.16.1 (and compressed-tensors for --format llm_compressor).
-GPTQModel's, which asks for a newer torch: torch==2.13.0; transformers optimum accelerate; then, without their
-dependencies, gptqmodel==7.7.0 defuser device-smi logbar tokenicer torchao; then threadpoolctl protobuf pillow requests
-pypcre ninja datasets dill. Every checkpoint is a folder OUT/TOOL_GRID_rowsSEED; those that are there stay. Rows are
-`rows(tokenizer, 512, SEED)` of eval/cot_rows.py, of 256 tokens, all of them seen whole (a mask of ones).
+PYTHON is that of the tool's own environment, which needs no logitwise; torch==2.13.0 first, then, with that version
+held by a constraints file, auto-round==0.16.1 (and compressed-tensors for --format llm_compressor), or
+llmcompressor==0.14.0.1; for AutoAWQ `transformers<4.52` accelerate datasets and, without what it asks for,
+autoawq==0.2.9. GPTQModel's is `make .venv-gptqmodel/.made`. Every checkpoint is a folder OUT/TOOL_GRID_rowsSEED; those
+that are there stay. Rows are `rows(tokenizer, 512, SEED)` of eval/cot_rows.py, of 256 tokens, all of them seen whole (a
+mask of ones).
 
 AutoRound: 200 steps of 8 rows a block, else its defaults: symmetric, with scales of either sign, in float16.
-GPTQModel: its defaults but for asymmetric grids, which 2 bits need.
+GPTQModel: its defaults but for asymmetric grids, which 2 bits need. llm-compressor: GPTQ, in asymmetric grids too.
+AutoAWQ: its defaults (asymmetric, clipped), 4 bits alone.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 GRIDS = {"w2g64": (2, 64), "w3g64": (3, 64), "w4g64": (4, 64)}
 AUTOROUND_FORMATS = ("auto_round", "auto_round:gptqmodel", "auto_round:auto_awq", "auto_gptq", "auto_awq")
@@ -34,7 +35,7 @@ AUTOROUND_FORMATS += ("llm_compressor", "mlx")
 def main() -> None:
     """Makes what is not there yet, one after another, and says how long each took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tool", choices=("autoround", "gptqmodel"))
+    parser.add_argument("tool", choices=MAKERS)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--eval", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rows-seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--steps", type=int, default=200, help="AutoRound's, of each block")
-    parser.add_argument("--asymmetric", action="store_true", help="AutoRound's grids; GPTQModel's always are")
+    parser.add_argument("--asymmetric", action="store_true", help="AutoRound's grids; the others' always are")
     parser.add_argument("--format", default="auto_round", help=f"AutoRound's: {', '.join(AUTOROUND_FORMATS)}")
     given = parser.parse_args()
     for seed in given.rows_seeds:
@@ -65,7 +66,7 @@ def calibration_rows(given: argparse.Namespace, seed: int) -> torch.Tensor:
     sys.path.insert(0, str(given.eval))
     from cot_rows import rows
 
-    ids: torch.Tensor = rows(AutoTokenizer.from_pretrained(given.model), given.rows, seed)[0]
+    ids: torch.Tensor = rows(PreTrainedTokenizerFast.from_pretrained(given.model), given.rows, seed)[0]
     return ids
 
 
@@ -109,7 +110,53 @@ def by_gptqmodel(given: argparse.Namespace, bits: int, group_size: int, ids: tor
     model.save(str(out))
 
 
-MAKERS = {"autoround": by_autoround, "gptqmodel": by_gptqmodel}
+def by_llmcompressor(given: argparse.Namespace, bits: int, group_size: int, ids: torch.Tensor, out: Path) -> None:
+    """Writes llm-compressor's checkpoint, by GPTQ."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import AutoModelForCausalLM
+
+    weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": group_size}
+    scheme = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids.tolist()]
+    oneshot(
+        model=AutoModelForCausalLM.from_pretrained(given.model),
+        tokenizer=AutoTokenizer.from_pretrained(given.model),
+        dataset=Dataset.from_list(rows),
+        recipe=GPTQModifier(config_groups=scheme, ignore=["lm_head"]),
+        num_calibration_samples=len(ids),
+        max_seq_length=ids.shape[1],
+        shuffle_calibration_samples=False,
+        output_dir=str(out),
+    )
+
+
+def by_autoawq(given: argparse.Namespace, bits: int, group_size: int, ids: torch.Tensor, out: Path) -> None:
+    """Writes AutoAWQ's checkpoint."""
+    from awq import AutoAWQForCausalLM
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(given.model)  # its transformers has no newer classes
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoAWQForCausalLM.from_pretrained(str(given.model), device_map=device, torch_dtype=torch.float32)
+    model.quantize(
+        tokenizer,
+        quant_config={"zero_point": True, "q_group_size": group_size, "w_bit": bits, "version": "GEMM"},
+        calib_data=ids.tolist(),
+        max_calib_samples=len(ids),
+        max_calib_seq_len=ids.shape[1],
+        n_parallel_calib_samples=64,
+    )
+    model.save_quantized(str(out))
+    tokenizer.save_pretrained(out)
+
+
+MAKERS = {
+    "autoround": by_autoround,
+    "gptqmodel": by_gptqmodel,
+    "llmcompressor": by_llmcompressor,
+    "autoawq": by_autoawq,
+}
 
 if __name__ == "__main__":
     main()

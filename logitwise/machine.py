@@ -36,7 +36,14 @@ def choose_machine(recipe: Recipe) -> dict[str, Choice]:
         return {"device": device, "compute_dtype": Choice(recipe.compute_dtype, "as asked")}
     if torch.device(device.value).type == "cuda" and torch.cuda.is_bf16_supported():
         return {"device": device, "compute_dtype": Choice("bfloat16", "the GPU multiplies it at full rate")}
-    return {"device": device, "compute_dtype": Choice("float32", "on a CPU")}
+    if torch.device(device.value).type == "cpu" and multiplies_bfloat16():
+        return {"device": device, "compute_dtype": Choice("bfloat16", "the processor has instructions for it")}
+    return {"device": device, "compute_dtype": Choice("float32", f"on {device.value}")}
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32: with AVX-512's or AMX's instructions for it."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def versions() -> dict[str, str]:

@@ -108,7 +108,7 @@ class Head(nn.Module):
         if flat.is_cuda and flat.dtype != torch.float32:
             projected = torch.mm(flat, self.weight.T, out_dtype=torch.float32)
         else:
-            projected = flat @ self.weight.T
+            projected = flat.to(self.weight.dtype) @ self.weight.T
         projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
         if self.bias is not None:
             projected += self.bias
@@ -371,20 +371,25 @@ class Skeleton:
                     hook.remove()
             names = {id(module): name for name, module in self.model.named_modules()}
             after = {names[id(module)]: deepcopy(module) for module in called}
-        weight, bias = self._vocabulary_projection(source)
+        # A CPU has no product of 16-bit factors that keeps more bits than they have: logits would lose theirs.
+        dtype = torch.promote_types(self.dtype, torch.float32) if self.device.type == "cpu" else self.dtype
+        weight, bias = self._vocabulary_projection(source, dtype)
         config = self.model.config
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
         return Head(after, weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
-    def _vocabulary_projection(self, source: Source) -> tuple[Tensor, Tensor | None]:
+    def _vocabulary_projection(
+        self, source: Source, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         output = self.model.get_output_embeddings()
         names = {id(module): name for name, module in self.model.named_modules()}
         tied = self.model.config.get_text_config().tie_word_embeddings
         weight = names[id(self.model.get_input_embeddings() if tied else output)] + ".weight"
-        bias = None if getattr(output, "bias", None) is None else self._load(source, names[id(output)] + ".bias")
-        return self._load(source, weight), bias
+        if getattr(output, "bias", None) is None:
+            return self._load(source, weight, dtype), None
+        return self._load(source, weight, dtype), self._load(source, names[id(output)] + ".bias", dtype)
 
     @contextmanager
     def _projecting(self, source: Source) -> Iterator[None]:

@@ -19,6 +19,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True)
+def the_same_type_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test's figures are of float32 on a CPU, whether or not it has instructions for bfloat16."""
+    from logitwise import machine  # not above: types are checked only of what is imported after this file
+
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def compiled_without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's compiler cannot trace the checks of types, so what it compiles goes without them."""
     from logitwise import fit, fused  # not above: types are checked only of what is imported after this file
