@@ -5,6 +5,7 @@ by how many units the run has.
 """
 
 import gc
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 
 from logitwise.activations import choose_place
 from logitwise.audit import audit
-from logitwise.calibration import ANSWER_BATCH
+from logitwise.calibration import ANSWER_BATCH, ANSWER_TOKENS
 from logitwise.calibration import split as split_spec
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
@@ -153,8 +154,9 @@ def _measured(
     at_once = outlined.skeleton.rows_at_once(recipe.batch, recipe.row_tokens)
     with watcher.stage("Trying a few steps", 4) as stage:
         if all_rows and split_spec(recipe.calibration)[0] == "self":
-            text = of_text(source, recipe, ANSWER_BATCH, depth)
-            seconds["writing calibration text"] = text.token * (all_rows + 2) * recipe.row_tokens
+            tokens = (all_rows + 2) * recipe.row_tokens
+            text = of_text(source, recipe, min(ANSWER_BATCH, math.ceil(tokens / ANSWER_TOKENS)), depth)
+            seconds["writing calibration text"] = text.token * tokens
             of_writing = text.peak
         stage.advance()
         forward = of_forward(source, recipe, max(1, min(all_rows, at_once)))
@@ -193,12 +195,12 @@ def _measured(
     notes += ["the time of --target-bits is not in it"] if recipe.target_bits is not None else []
     notes += ["the time of rewrites is not in it"] if recipe.rewrites else []
     of_streams = bytes_of_streams(recipe, outlined.skeleton, all_rows)
-    where, resident = choose_place(recipe.streams, of_streams, device).value, psutil.Process().memory_info().rss
+    where = choose_place(recipe.streams, of_streams, device).value
     there = dict.fromkeys(("device", "cpu", "disk"), 0) | {where: of_streams}
-    peak, ram = max(of_writing, of_fits + there["device"]), resident + there["cpu"]
+    peak = max(of_writing, of_fits + there["device"])
     if device.type == "cuda":
-        return seconds, peak, ram, there["disk"], notes
-    return seconds, None, ram + peak, there["disk"], notes
+        return seconds, peak, psutil.Process().memory_info().rss + there["cpu"], there["disk"], notes
+    return seconds, None, max(of_writing, of_fits + there["device"] + there["cpu"]), there["disk"], notes
 
 
 def _split(outlined: Outline, grid_of: Callable[[str], Grid], count: int) -> str | None:

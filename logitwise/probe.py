@@ -85,7 +85,7 @@ class OfWindow:
         opening: seconds until it can learn: its weights in place, the start of every scale.
         step: seconds of an optimiser step.
         held_out_row: seconds of measuring one held-out row.
-        peak: bytes of the device at most, above what was there before and the streams.
+        peak: bytes at most, without the streams: of a GPU beside what was there before, of RAM by the whole process.
     """
 
     opening: float
@@ -96,7 +96,7 @@ class OfWindow:
 
 @dataclass(frozen=True)
 class OfText:
-    """What writing text takes: seconds a token, and bytes of the device at most, above what was there before."""
+    """What writing text takes: seconds a token, and bytes at most, as for a window."""
 
     token: float
     peak: int
@@ -252,7 +252,10 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
-    """A function that says, afterwards, how many bytes more than before were in use at most: of a GPU, or of RAM."""
+    """A function that says, afterwards, how many bytes were in use at most: of a GPU more than before, of RAM in all.
+
+    What was given back to the allocator is the process's RAM still, as it is in a run: a difference would miss it.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -261,7 +264,7 @@ def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
     process, ended = psutil.Process(), Event()
-    before = most = process.memory_info().rss
+    most = process.memory_info().rss
 
     def look() -> None:
         nonlocal most
@@ -271,7 +274,7 @@ def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
     looking = Thread(target=look, daemon=True)
     looking.start()
     try:
-        yield lambda: most - before
+        yield lambda: most
     finally:
         ended.set()
         looking.join()

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import IO
 
 from answering import Answer, answer_all
@@ -96,10 +97,14 @@ def wait(client: OpenAI, server: "subprocess.Popen[bytes]") -> None:
 
 
 def cause(log: IO[str]) -> str | None:
-    """The first error that a server's own lines name: those after it follow from it."""
+    """The first error that a server's own lines name, and the line after it where that says why."""
     log.seek(0)
-    found = re.search(r"^(?:\([^)]*\)\s*)?(?:ERROR [^\]]*\]\s*)?((?:\w+\.)*\w+Error: .+)$", log.read(), re.MULTILINE)
-    return found[1].strip() if found else None
+    lines = [re.sub(r"^\([^)]*\)\s*(?:ERROR [^\]]*\]\s*)?|^ERROR [^\]]*\]\s*", "", line).strip() for line in log]
+    for line, after in pairwise([*lines, ""]):
+        if re.match(r"(\w+\.)*\w+Error: .", line):
+            goes_on = line.endswith(":") or "validation error" in line
+            return f"{line} {after}" if goes_on else line
+    return None
 
 
 if __name__ == "__main__":

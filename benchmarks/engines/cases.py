@@ -84,6 +84,10 @@ def mixtures(form: Format) -> list[list[Grid]]:
     return [several for several in found if form.holds_grids(several) is None]
 
 
+RELABELLED = "v1 zero points labelled gptq_v2"
+"""What is wrong with a file that nobody misreads who knows where the zero points of symmetric grids are."""
+
+
 def _of_grid(form: Format, model: Small, grid: Grid, folder: Path) -> Iterator[Case]:
     """A model rounded to nearest; GGUF files also dequantized, since llama.cpp rounds activations beside codes."""
     weights = on_grids(model, [grid])
@@ -123,9 +127,11 @@ def _wrong(form: Format, model: Small, folder: Path) -> Iterator[Case]:
         yield replace(case, loaded=write(folder, form, model, undone), what="rows of q and k not permuted", dense=True)
     if form.name == "gptq":
         symmetric = Grid(4, 64, True)
-        right = write(folder, form, model, on_grids(model, [symmetric]))
-        wrong = relabelled(right, folder, "gptq_v2")
-        yield replace(case, grid=symmetric, loaded=wrong, right=right, what="v1 zero points labelled gptq_v2")
+        weights = on_grids(model, [symmetric])
+        case = replace(case, grid=symmetric, right=write(folder, form, model, weights))
+        yield replace(case, loaded=relabelled(case.right, folder, "gptq_v2"), what=RELABELLED)
+        moved = {name: codes_off_by_one(weight) for name, weight in weights.items()}
+        yield replace(case, loaded=write(folder, form, model, moved), what="codes off by one")
 
 
 def on_grids(model: Small, several: list[Grid]) -> dict[str, Tensor | Quantized]:
@@ -154,6 +160,13 @@ def off_by_one(weight: Tensor | Quantized) -> Tensor | Quantized:
     if not isinstance(weight, Quantized):
         return weight
     return replace(weight, zero=weight.zero.clamp(max=weight.grid.levels - 1) + 1)
+
+
+def codes_off_by_one(weight: Tensor | Quantized) -> Tensor | Quantized:
+    """A weight with every code but the largest moved by one."""
+    if not isinstance(weight, Quantized):
+        return weight
+    return replace(weight, codes=weight.codes.clamp(max=weight.grid.levels - 1) + 1)
 
 
 def negated(weight: Tensor | Quantized) -> Tensor | Quantized:

@@ -1,0 +1,103 @@
+"""What `plan` says beside what then happens: time, memory and size of whole runs.
+
+    python benchmarks/plan_against_run.py --models MODEL [MODEL ...] --out FILE.json [--made-up] [--set key=value ...]
+
+Each model is planned and then quantized, each in a process of its own. --made-up adds one of random weights (hidden
+width 1024, eight blocks), with the first model's tokenizer. A line says what was planned as a share of what happened.
+Memory is that of the process at most: its resident set, and on a GPU its tensors.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from processes import about, save
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import logitwise
+from logitwise.planning import plan
+from logitwise.recipe import Recipe, parse_settings
+from logitwise.source import open_source
+
+SHARED = ("size", "ram", "device_memory", "seconds")
+QUICK = ["steps=30", "steps_last=60", "batch=4", "rows=64", "held_out=16", "row_tokens=256", "bits=3", "group_size=64"]
+
+
+def main() -> None:
+    """Plans and runs, a model after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--made-up", action="store_true")
+    parser.add_argument("--set", nargs="*", default=QUICK, help="recipe keys of every run, as key=value")
+    parser.add_argument("--only", choices=(PLANNED, HAPPENED), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.only:
+        (model,) = given.models
+        save(given.out, FIND[given.only](model, Recipe.load(**parse_settings(given.set))))
+        return
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        if given.made_up:
+            given.models.append(made_up(given.models[0], Path(temporary) / "made-up"))
+        for model in given.models:
+            both = {name: in_process(model, name, given.set, Path(temporary)) for name in FIND}
+            planned, happened = both[PLANNED], both[HAPPENED]
+            shares = {key: planned[key] / happened[key] for key in SHARED if planned[key]}
+            found.append({"model": model.name, **both, "shares": shares})
+            save(given.out, {**about("cuda" if torch.cuda.is_available() else "cpu"), "results": found})
+            print(f"{model.name}: " + ", ".join(f"{key} {share:.2f}" for key, share in shares.items()), flush=True)
+
+
+def made_up(like: Path, out: Path) -> Path:
+    """A folder with a model of random weights."""
+    tokenizer = open_source(like).tokenizer()
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
+    config = LlamaConfig(**shape, num_hidden_layers=8, vocab_size=32000, tie_word_embeddings=False, dtype="bfloat16")
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def in_process(model: Path, name: str, settings: list[str], temporary: Path) -> dict[str, Any]:
+    """What a process of its own finds."""
+    place = temporary / "found.json"
+    own = ["--models", str(model), "--out", str(place), "--only", name, "--set", *settings]
+    subprocess.run([sys.executable, __file__, *own], check=True)
+    return dict(json.loads(place.read_text()))
+
+
+def planned(model: Path, recipe: Recipe) -> dict[str, Any]:
+    """What `plan` says."""
+    said = plan(model, recipe)
+    parts = {"size": said.size, "ram": said.ram, "device_memory": said.device_memory}
+    return {**parts, "seconds": sum(said.seconds.values()), "of_parts": said.seconds}
+
+
+def happened(model: Path, recipe: Recipe) -> dict[str, Any]:
+    """What a run took."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "out"
+        result = logitwise.quantize(model, out, recipe)
+        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        of_parts = {"fits": [window["seconds"] for window in result.report["windows"]]}
+        of_parts |= {"text": result.report["calibration"].get("seconds")}
+    memory = {"ram": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    memory["device_memory"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"size": size, **memory, "seconds": time.monotonic() - began, "of_parts": of_parts}
+
+
+PLANNED, HAPPENED = "planned", "happened"
+FIND = {PLANNED: planned, HAPPENED: happened}
+
+if __name__ == "__main__":
+    main()
