@@ -62,10 +62,12 @@ class Halfway:
     """Where a descent keeps how far it is, at every check, so that it can be gone on with.
 
     Args:
+        due: whether it is time to keep it.
         save: keeps tensors and figures (JSON values) in place of those of before.
         load: gives them back; None where there are none.
     """
 
+    due: Callable[[], bool]
     save: Callable[[dict[str, Tensor], dict[str, Any]], None]
     load: Callable[[], tuple[dict[str, Tensor], dict[str, Any]] | None]
 
@@ -105,7 +107,7 @@ def descend(
         tensors, figures = resumed
         step, steps, falls, flat = (figures[name] for name in ("step", "steps", "falls", "flat"))
         held_out = [(at, value) for at, value in figures["held_out"]]
-        losses = list(tensors["losses"].to(parameters[0][1].device).unbind())
+        losses = list(tensors["losses"].unbind())
         best.restore_from(tensors, figures["best"])
         optimizers.restore_from(tensors)
         with torch.no_grad():
@@ -129,9 +131,9 @@ def descend(
             falls, steps = step, min(steps, step + max(1, step // 4))
         if step == steps:
             break
-        if halfway is not None and step in checks and step not in (0, asked):
+        if halfway is not None and step in checks and step not in (0, asked) and halfway.due():
             now = {f"parameter {index}": parameter.detach() for index, (_, parameter) in enumerate(parameters)}
-            now |= {"losses": torch.stack(losses)} | best.tensors() | optimizers.tensors()
+            now |= {"losses": _stacked(losses)} | best.tensors() | optimizers.tensors()
             figures = {"step": step, "steps": steps, "falls": falls, "flat": flat, "held_out": held_out}
             halfway.save(now, figures | {"best": [best.step, best.value]})
         loss = learn(step, next(batches))
@@ -147,8 +149,13 @@ def descend(
         step += 1
         stage.advance(units)
     best.restore()
-    found = torch.stack(losses).tolist() if losses else []
+    found = _stacked(losses).tolist() if losses else []
     return Course(found, held_out, step if best.step is None else best.step, flat)
+
+
+def _stacked(losses: list[Tensor]) -> Tensor:
+    """Losses of all steps, where the last of them is; those from before a stop are not there yet."""
+    return torch.stack([loss.to(losses[-1].device) for loss in losses])
 
 
 class _Best:

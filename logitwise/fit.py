@@ -1,13 +1,13 @@
 """Fits one window: one block or K blocks, by any method and any objective. Knows none of them by name."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from logitwise.descent import Course, Halfway, Schedule, descend, row_order
 from logitwise.errors import MachineError
@@ -17,6 +17,7 @@ from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.objectives import Objective, Taps
 from logitwise.quantizers import Quantizer, Start
 from logitwise.ranks import ALONE, Ranks
+from logitwise.sharing import Alone, Shared
 from logitwise.skeleton import Call, Head, Skeleton, Slot
 from logitwise.watch import Stage
 
@@ -125,22 +126,22 @@ class Window:
         """One block's output with all its parameters in the computing type."""
         return self.skeleton.run(block, weights, hidden, self.calls[block])
 
+    def weights_of(self, quantizers: Mapping[Slot, Quantizer], progress: float) -> dict[Slot, Tensor]:
+        """What quantizers stand for at a point of the fit; compiled, where it is to be and that point is nothing."""
+        compiled = self.compiled and _constant(quantizers)
+        return {slot: compiled_weight(one) if compiled else one(progress) for slot, one in quantizers.items()}
+
     def learn(self, quantizers: Mapping[Slot, Quantizer]) -> Callable[[Tensor, float], Tensor]:
         """The window with the quantizers' weights, to go backward through: (hidden states, progress) -> its output."""
         now = 0.0
-        constant = not any(quantizer.reads_progress for quantizer in quantizers.values())
-        compiled = self.compiled and constant
 
         def block_of(block: int) -> LearnableBlock:
             own = {slot: quantizer for slot, quantizer in quantizers.items() if slot.block == block}
+            return LearnableBlock(
+                lambda hidden: self._run(block, hidden, self.weights_of(own, now)), list(own.values())
+            )
 
-            def run(hidden: Tensor) -> Tensor:
-                return self._run(block, hidden, compiled_weights_of(own) if compiled else weights_of(own, now))
-
-            return LearnableBlock(run, list(own.values()))
-
-        weights = sum(slot.out_features * slot.in_features for slot in quantizers)
-        blocks = LearnableBlocks([block_of(block) for block in self.blocks], weights, may_record=constant)
+        blocks = self._learnable(block_of, quantizers, _constant(quantizers))
 
         def forward(hidden: Tensor, progress: float) -> Tensor:
             nonlocal now
@@ -148,6 +149,21 @@ class Window:
             return blocks(hidden)
 
         return forward
+
+    def through(self, weights: Mapping[Slot, nn.Parameter]) -> Callable[[Tensor], Tensor]:
+        """The window with these weights in its slots, to go backward through to them."""
+
+        def block_of(block: int) -> LearnableBlock:
+            own = {slot: weight for slot, weight in weights.items() if slot.block == block}
+            return LearnableBlock(lambda hidden: self._run(block, hidden, own), list(own.values()))
+
+        return self._learnable(block_of, weights, True)
+
+    def _learnable(
+        self, block_of: Callable[[int], LearnableBlock], slots: Iterable[Slot], may_record: bool
+    ) -> LearnableBlocks:
+        weights = sum(slot.out_features * slot.in_features for slot in slots)
+        return LearnableBlocks([block_of(block) for block in self.blocks], weights, may_record)
 
     @torch.no_grad()
     def advance(
@@ -256,24 +272,22 @@ def fit(
     """
     if not quantizers:  # every slot of the window is kept in full precision
         return Fitted({}, Course([], [], 0, None), 0)
-    forward = window.learn(quantizers)
+    learner = _learner(window, quantizers, data.ranks)
+    own = learner.own
     tokens = torch.zeros((), dtype=torch.int64, device=data.weights.device)
-    parameters = [(role, p) for q in quantizers.values() for role, own in q.groups().items() for p in own]
-    data.ranks.same(tensor for q in quantizers.values() for tensor in q.state_dict().values())
+    parameters = [(role, p) for q in own.values() for role, group in q.groups().items() for p in group]
 
     def learn(step: int, batch: tuple[Data, Tensor | slice]) -> Tensor:
         part, rows = batch
-        student = forward(part.entering(rows), step / schedule.steps)
-        loss = objective.shared(part.taps(rows, student, head), data.ranks)
-        loss.backward()
-        return data.ranks.gathered(loss, [parameter for _, parameter in parameters])
+        student = learner.forward(part.entering(rows), step / schedule.steps)
+        return learner.backward(objective.shared(part.taps(rows, student, head), data.ranks))
 
     @torch.no_grad()
     def measure_held_out() -> float:
-        return measure(window, weights_of(quantizers, 1.0), objective, head, data, schedule.batch)
+        return measure(window, learner.weights(), objective, head, data, schedule.batch)
 
     def after_step() -> None:
-        for quantizer in quantizers.values():
+        for quantizer in own.values():
             quantizer.after_step()
 
     course = descend(
@@ -281,13 +295,14 @@ def fit(
         batches_of(data, schedule, fresh, tokens),
         learn,
         measure_held_out if data.held_out else None,
-        lambda: _refuse_not_a_number(quantizers),
+        lambda: _refuse(learner.first_of_all(_no_number(own))),
         schedule,
         stage,
         units,
         after_step,
-        halfway,
+        learner.halfway(halfway),
     )
+    learner.finish()
     return Fitted(
         {slot: quantizer.freeze() for slot, quantizer in quantizers.items()},
         course,
@@ -295,14 +310,20 @@ def fit(
     )
 
 
+def _learner(window: Window, quantizers: dict[Slot, Quantizer], ranks: Ranks) -> Alone:
+    if ranks.world == 1:
+        return Alone(quantizers, window.learn(quantizers), weights_of)
+    return Shared(quantizers, ranks, window.through, window.weights_of, window.skeleton.dtype)
+
+
 def weights_of(quantizers: Mapping[Slot, Quantizer], progress: float) -> dict[Slot, Tensor]:
     """The weights that the quantizers stand for at a point of the fit."""
     return {slot: quantizer(progress) for slot, quantizer in quantizers.items()}
 
 
-def compiled_weights_of(quantizers: Mapping[Slot, Quantizer]) -> dict[Slot, Tensor]:
-    """The same, compiled, at any point of the fit."""
-    return {slot: compiled_weight(quantizer) for slot, quantizer in quantizers.items()}
+def _constant(quantizers: Mapping[Slot, Quantizer]) -> bool:
+    """Whether what they stand for does not depend on how far the fit is."""
+    return not any(quantizer.reads_progress for quantizer in quantizers.values())
 
 
 @torch.no_grad()
@@ -326,11 +347,19 @@ def measure(
     return total / count
 
 
-def _refuse_not_a_number(quantizers: Mapping[Slot, Quantizer]) -> None:
+def _no_number(quantizers: Mapping[Slot, Quantizer]) -> str | None:
+    """The first slot of which a learned parameter is no finite number."""
     for slot, quantizer in quantizers.items():
         if not all(bool(torch.isfinite(parameter).all()) for parameter in quantizer.parameters()):
-            raise MachineError(
-                f"{slot.name}: a learned parameter is no longer a finite number",
-                "the loss or its gradient overflowed",
-                "finished blocks are kept: run again with a smaller learning rate (--recipe FILE, [learning])",
-            )
+            return slot.name
+    return None
+
+
+def _refuse(name: str | None) -> None:
+    """Errors: MachineError, naming the layer whose parameters are no longer numbers, where there is one."""
+    if name is not None:
+        raise MachineError(
+            f"{name}: a learned parameter is no longer a finite number",
+            "the loss or its gradient overflowed",
+            "finished blocks are kept: run again with a smaller learning rate (--recipe FILE, [learning])",
+        )

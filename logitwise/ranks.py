@@ -5,9 +5,10 @@ rank alone writes. The run folder has to lie where all of them see it.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -59,9 +60,52 @@ class Ranks:
         """
         if self.world > 1:
             with _others():
-                works = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
-                for work in works:
-                    work.wait()
+                _wait([distributed.all_reduce(tensor, async_op=True) for tensor in tensors])
+
+    def sum_at(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
+        """Each tensor in place becomes its sum over all ranks, at the rank beside it; elsewhere it is of no more use.
+
+        Errors: MachineError where another rank is gone.
+        """
+        if self.world > 1:
+            with _others():
+                _wait([distributed.reduce(tensor, rank, async_op=True) for rank, tensor in tensors])
+
+    def give(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
+        """Each tensor in place becomes what it is at the rank beside it.
+
+        Errors: MachineError where another rank is gone.
+        """
+        if self.world > 1:
+            with _others():
+                _wait([distributed.broadcast(_as_bytes(tensor), rank, async_op=True) for rank, tensor in tensors])
+
+    def everyones(self, value: Any) -> list[Any]:
+        """The value (small, of Python's own types) that each rank has.
+
+        Errors: MachineError where another rank is gone.
+        """
+        found: list[Any] = [value] * self.world
+        if self.world > 1:
+            with _others():
+                distributed.all_gather_object(found, value)
+        return found
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All ranks' tensors, "rank R " before their names: at the first, on the CPU; elsewhere none.
+
+        Errors: MachineError where another rank is gone.
+        """
+        found: dict[str, Tensor] = {}
+        each = self.everyones([(name, tuple(t.shape), t.dtype, t.device.type) for name, t in tensors.items()])
+        for rank, of_rank in enumerate(each):
+            for name, shape, dtype, device in of_rank:
+                own = rank == self.rank
+                tensor = tensors[name].contiguous() if own else torch.empty(shape, dtype=dtype, device=device)
+                self.give([(rank, tensor)])
+                if self.first:
+                    found[f"rank {rank} {name}"] = tensor.cpu()
+        return found
 
     def gathered(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
         """The loss of all ranks, each of which has its part; the parameters' gradients are summed over them too.
@@ -86,10 +130,7 @@ class Ranks:
 
         Errors: MachineError where another rank is gone.
         """
-        if self.world > 1:
-            with _others():
-                for tensor in tensors:  # as bytes: backends do not know all types
-                    distributed.broadcast(tensor.detach().view(-1).view(torch.uint8), 0)
+        self.give((0, tensor) for tensor in tensors)
 
     def agree(self, value: bool) -> bool:
         """What the first rank says; all wait for it.
@@ -174,10 +215,23 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with _others():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
+    ranks = Ranks(distributed.get_rank(), distributed.get_world_size())
+    ranks.total(1)  # where the first ends at once, with what it refuses, the others must have met it before
     try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+        yield ranks
     finally:
         distributed.destroy_process_group()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory, of a type that all backends know."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def _wait(works: Iterable[Any]) -> None:
+    """Until all are done that were begun."""
+    for work in works:
+        work.wait()
 
 
 @contextmanager

@@ -380,9 +380,7 @@ class Skeleton:
         )
         return Head(after, weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
-    def _vocabulary_projection(
-        self, source: Source, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _vocabulary_projection(self, source: Source, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
         output = self.model.get_output_embeddings()
         names = {id(module): name for name, module in self.model.named_modules()}
         tied = self.model.config.get_text_config().tie_word_embeddings

@@ -23,10 +23,11 @@ def halfway(folder: RunFolder, key: str) -> Halfway:
     """
     began = time.monotonic()
 
+    def due() -> bool:
+        return folder.ranks.agree(time.monotonic() - began >= SECONDS)
+
     def save(tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
         nonlocal began
-        if not folder.ranks.agree(time.monotonic() - began >= SECONDS):
-            return
         own = f"{key}-step-{figures['step']:08}"
         with folder.ranks.first_alone() as mine:
             try:
@@ -47,7 +48,7 @@ def halfway(folder: RunFolder, key: str) -> Halfway:
         own = f"{key}-step-{newest:08}"
         return (folder.load_tensors(own), folder.record(own)) if newest else None
 
-    return Halfway(save, load)
+    return Halfway(due, save, load)
 
 
 def batches(folder: RunFolder, key: str) -> Keep:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ from killable import HEARD, QUANTIZE, contents, heard_by, make_model, start, sta
 from torch import Tensor
 
 from logitwise import descent
-from logitwise.descent import Schedule
-from logitwise.errors import RecipeError
-from logitwise.fit import Data, Window, fit, measure
-from logitwise.grid import Grid
+from logitwise.descent import Halfway, Schedule
+from logitwise.errors import MachineError, RecipeError
+from logitwise.fit import Data, Fitted, Window, fit, measure
+from logitwise.grid import Grid, Quantized
 from logitwise.objectives import OBJECTIVES
 from logitwise.optimizers import Optimizers
 from logitwise.preflight import check_shared
 from logitwise.quantizers import QUANTIZERS, STARTS
 from logitwise.ranks import ALONE, Ranks, joined
 from logitwise.recipe import Recipe
-from logitwise.skeleton import Skeleton
+from logitwise.sharing import owners
+from logitwise.skeleton import Skeleton, Slot
 from logitwise.watch import Stage
 
 TOKENS, TRAIN, HELD_OUT = 11, 7, 5
@@ -41,6 +43,7 @@ class Threads:
     def __init__(self, world: int) -> None:
         self.world, self.barrier = world, threading.Barrier(world, timeout=60)
         self.given: list[list[Tensor]] = [[] for _ in range(world)]
+        self.said: list[Any] = [None] * world
 
     def run(self, work: Callable[[Ranks], Any]) -> list[Any]:
         """What each rank's work gives."""
@@ -73,9 +76,22 @@ class _Thread(Ranks):
         for tensor, of_all in self._everyones(tensors):
             tensor.copy_(torch.stack(of_all).sum(0))
 
-    def same(self, tensors: Iterable[Tensor]) -> None:
-        for tensor, of_all in self._everyones(tensors):
-            tensor.data.copy_(of_all[0])
+    def give(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
+        ranks, own = zip(*tensors, strict=True)
+        for rank, (tensor, of_all) in zip(ranks, self._everyones(own), strict=True):
+            tensor.data.copy_(of_all[rank])
+
+    def sum_at(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
+        ranks, own = zip(*tensors, strict=True)
+        for rank, (tensor, of_all) in zip(ranks, self._everyones(own), strict=True):
+            tensor.copy_(torch.stack(of_all).sum(0) if rank == self.rank else torch.full_like(tensor, torch.nan))
+
+    def everyones(self, value: Any) -> list[Any]:
+        self.threads.said[self.rank] = value
+        self.threads.barrier.wait()
+        found = list(self.threads.said)
+        self.threads.barrier.wait()
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +117,11 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     class Watched(Optimizers):
         def __init__(self, parameters: Any, learning: Any) -> None:
             self.watched = [parameter for _, parameter in parameters]
-            GRADIENTS.first = None
+            GRADIENTS.first = {}
             super().__init__(parameters, learning)
 
         def step(self, rate: Any) -> None:
-            GRADIENTS.first = GRADIENTS.first or [parameter.grad.clone() for parameter in self.watched]
+            GRADIENTS.first = GRADIENTS.first or {parameter: parameter.grad.clone() for parameter in self.watched}
             super().step(rate)
 
     monkeypatch.setattr(descent, "Optimizers", Watched)
@@ -119,7 +135,12 @@ def first_step(skeleton: Skeleton, objective: str, settings: dict[str, Any], ran
     schedule = Schedule(1, data.train, 1, Recipe(method="flexround").learning_of, 0)
     fitted = fit(window, quantizers, made, head, data, schedule, Stage())
     judged = measure(window, {}, made, head, data, 2)
-    return {"gradients": GRADIENTS.first, "course": vars(fitted.course), "tokens": fitted.tokens, "judged": judged}
+    of_slots = {
+        slot: [GRADIENTS.first[p] for p in quantizer.parameters() if p in GRADIENTS.first]
+        for slot, quantizer in quantizers.items()
+    }
+    gradients = {slot: own for slot, own in of_slots.items() if own}
+    return {"gradients": gradients, "course": vars(fitted.course), "tokens": fitted.tokens, "judged": judged}
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -131,16 +152,114 @@ def test_the_first_step_is_that_of_one_process(
     objective: str, settings: dict[str, Any], world: int, skeletons: list[Skeleton], gradients: None
 ) -> None:
     one = first_step(skeletons[0], objective, settings, ALONE)
-    for other in Threads(world).run(lambda ranks: first_step(skeletons[ranks.rank], objective, settings, ranks)):
-        assert len(other["gradients"]) == len(one["gradients"]) > 0
-        for found, expected in zip(other["gradients"], one["gradients"], strict=True):
-            assert float((found - expected).norm()) <= 1e-5 * float(expected.norm()) > 0
+    others = Threads(world).run(lambda ranks: first_step(skeletons[ranks.rank], objective, settings, ranks))
+    of_slots: dict[Slot, list[Tensor]] = {}
+    for other in others:
+        assert of_slots.keys().isdisjoint(other["gradients"])  # each has one owner
+        of_slots |= other["gradients"]
+    assert of_slots.keys() == one["gradients"].keys()
+    for slot, expected in one["gradients"].items():
+        for gradient, exact in zip(of_slots[slot], expected, strict=True):
+            assert float((gradient - exact).norm()) <= 1e-5 * float(exact.norm()) > 0
+    for other in others:
         assert other["course"]["losses"] == pytest.approx(one["course"]["losses"], rel=1e-5)
         assert [kl for _, kl in other["course"]["held_out"]] == pytest.approx(
             [kl for _, kl in one["course"]["held_out"]], rel=1e-3
         )
         assert other["judged"] == pytest.approx(one["judged"], abs=1e-9)
         assert other["tokens"] == one["tokens"]
+
+
+class Stopped(Exception):
+    """Ends a fit in the middle."""
+
+
+class Kept:
+    """How far a fit is, kept in memory; of ranks, by the first."""
+
+    def __init__(self) -> None:
+        self.found: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+
+    def halfway(self) -> Halfway:
+        def save(tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
+            if tensors:
+                self.found = {name: tensor.clone() for name, tensor in tensors.items()}, figures
+
+        return Halfway(lambda: True, save, lambda: self.found)
+
+
+def twelve_steps(skeleton: Skeleton, ranks: Ranks, kept: Kept | None = None, stop: int = 13) -> tuple[Fitted, int]:
+    """The last block by LFQ, and how many steps were taken; stopped before the so manyth."""
+    window, data = Window(skeleton, range(2, 3), skeleton.calls(TOKENS), lambda slot: False), shared(skeleton, ranks)
+    quantizers = window.quantizers(QUANTIZERS["flexround"], lambda _: Grid(3, 16, False), STARTS["minmax"])
+    stage = Counting(stop)
+    schedule = Schedule(12, 2, 4, Recipe(method="flexround").learning_of, 0)
+    halfway = kept and kept.halfway()
+    made = fit(window, quantizers, OBJECTIVES["lfq"](), skeleton.head(), data, schedule, stage, halfway=halfway)
+    for slot, quantizer in quantizers.items():  # whoever learned it, all have it
+        assert_equal(quantizer.freeze(), made.quantized[slot])
+    return made, stage.steps
+
+
+class Counting(Stage):
+    def __init__(self, stop: int) -> None:
+        self.steps, self.stop = 0, stop
+
+    def advance(self, units: float = 1) -> None:
+        self.steps += units == 1
+        if self.steps == self.stop:
+            raise Stopped
+
+
+def assert_equal(one: Quantized, other: Quantized) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(one.parts(), other.parts(), strict=True))
+
+
+def test_all_ranks_come_to_the_same_and_go_on_where_they_were(skeletons: list[Skeleton]) -> None:
+    def run(ranks: Ranks, kept: Kept | None, stop: int = 13) -> tuple[Fitted, int] | None:
+        with suppress(Stopped):
+            return twelve_steps(skeletons[ranks.rank], ranks, kept, stop)
+        return None
+
+    kept = Kept()
+    whole, other = Threads(2).run(lambda ranks: run(ranks, None))
+    assert whole[1] == 12
+    assert Threads(2).run(lambda ranks: run(ranks, kept, 11)) == [None, None]
+    again, _ = Threads(2).run(lambda ranks: run(ranks, kept))
+    assert again[1] == 3  # from the ninth, the last that was asked about
+    assert whole[0].course == other[0].course == again[0].course
+    for slot, quantized in whole[0].quantized.items():
+        assert_equal(other[0].quantized[slot], quantized)
+        assert_equal(again[0].quantized[slot], quantized)
+    # Another number of ranks has other parts of it, and so begins anew.
+    assert [found[1] for found in Threads(3).run(lambda ranks: run(ranks, kept))] == [12] * 3
+    assert twelve_steps(skeletons[0], ALONE, kept)[1] == 12
+
+
+def test_what_is_no_number_on_one_rank_is_said_by_all(skeletons: list[Skeleton]) -> None:
+    def refused(ranks: Ranks) -> str:
+        skeleton = skeletons[ranks.rank]
+        window = Window(skeleton, range(2, 3), skeleton.calls(TOKENS), lambda slot: False)
+        quantizers = window.quantizers(QUANTIZERS["flexround"], lambda _: Grid(3, 16, False), STARTS["minmax"])
+        last = list(quantizers)[-1]
+        next(quantizers[last].parameters()).data.fill_(torch.nan)
+        schedule = Schedule(1, 2, 1, Recipe(method="flexround").learning_of, 0)
+        with pytest.raises(MachineError) as error:
+            fit(window, quantizers, OBJECTIVES["mse"](), None, shared(skeleton, ranks), schedule, Stage())
+        assert last.name in error.value.what
+        return error.value.what
+
+    assert len(set(Threads(2).run(refused))) == 1
+
+
+def test_owners_have_about_as_much_to_do() -> None:
+    shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
+    slots = [Slot(f"{index}.weight", f"{index}.weight", 0, *shape) for index, shape in enumerate(shapes)]
+    whole = sum(out * inputs for out, inputs in shapes)
+    for world, most in ((2, 0.54), (4, 0.28), (16, 0.28)):
+        owned = owners(slots, world)
+        loads = [sum(s.out_features * s.in_features for s in slots if owned[s] == rank) for rank in range(world)]
+        assert max(loads) <= most * whole
 
 
 def test_what_a_slot_reads_is_that_of_all_ranks(skeletons: list[Skeleton]) -> None:
