@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="of rows and fit; that of its own rows by default")
     parser.add_argument("--variants", nargs="+", default=[*VARIANTS][:2], choices=VARIANTS)
     parser.add_argument("--rows", type=int, default=SETTINGS["rows"])
+    parser.add_argument("--tests", nargs="+", help="rows to measure on; development and final ones by default")
     parser.add_argument("--problems", type=int, default=0, help="of each of the five tasks, answered greedily")
     parser.add_argument("--harder", type=int, default=0, help="of each length, longer than the model was made for")
     parser.add_argument("--jobs", type=int, default=1)
@@ -87,7 +88,8 @@ def work(given: argparse.Namespace) -> None:
     tokenizer = source.tokenizer()
     train = as_rows(cot_rows(tokenizer, given.rows, seed))
     skeleton = Skeleton(source, torch.device(given.device), torch.float32)
-    measuring = Measuring(skeleton, source, cot_tests(tokenizer))
+    tests = cot_tests(tokenizer)
+    measuring = Measuring(skeleton, source, {name: tests[name] for name in given.tests or tests})
     asked = problems.usual(given.problems) + problems.harder(given.harder)
     base = {**SETTINGS, "rows": given.rows, "device": given.device, "seed": seed, **parse_settings(given.set)}
     found: list[dict[str, Any]] = []
