@@ -4,6 +4,7 @@ Where there is no GPU, Triton's kernels run in its interpreter, which must be as
 """
 
 import os
+from collections.abc import Iterator
 
 import jaxtyping
 import pytest
@@ -18,12 +19,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=4, help="How often each kind of run is killed (test_kills.py).")
 
 
-@pytest.fixture(autouse=True)
-def the_same_type_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def the_same_type_on_every_processor() -> Iterator[None]:
     """A test's figures are of float32 on a CPU, whether or not it has instructions for bfloat16."""
     from logitwise import machine  # not above: types are checked only of what is imported after this file
 
-    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(machine, "multiplies_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(autouse=True)
