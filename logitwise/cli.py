@@ -218,6 +218,10 @@ def compare(
     extractor: Annotated[
         str | None, typer.Option(help="last-number (default), after-answer, after-hashes, gsm8k, choice or exact.")
     ] = None,
+    lm_eval: Annotated[
+        str, typer.Option(metavar="TASKS", help="lm_eval's tasks, or .yaml files, with commas: wikitext,gsm8k.")
+    ] = "",
+    lm_eval_limit: Annotated[int | None, typer.Option(help="The first so many documents of each of these.")] = None,
     answer_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="Of the answers that all are measured on; 0: greedy.")] = 0.0,
     samples: Annotated[int, typer.Option(help="Answers sampled to each problem, for pass@k.")] = 0,
@@ -242,6 +246,8 @@ def compare(
             prompts=prompts,
             tasks=tasks,
             extractor=extractor,
+            lm_eval=lm_eval,
+            lm_eval_limit=lm_eval_limit,
             answer_tokens=answer_tokens,
             temperature=temperature,
             samples=samples,

@@ -83,6 +83,7 @@ def model(name: str, kl: float | None, size: int) -> dict[str, Any]:
             "thinking": None,
         },
         "tasks": None,
+        "lm_eval": None,
     }
 
 
@@ -100,6 +101,41 @@ def served_model(name: str, kl: float | None) -> dict[str, Any]:
     return made
 
 
+def standard(name: str, value: float, interval: list[float] | None, up: bool = True) -> dict[str, Any]:
+    """A task of lm_eval with one metric, of full precision where the interval is empty."""
+    metric = {
+        "metric": "acc" if up else "word_perplexity",
+        "filter": "none" if up else "strict-match",
+        "value": value,
+        "standard_error": 0.02 if up else None,
+        "higher_is_better": up,
+        "difference": None if interval == [] else -0.1 if up else 900.0,
+        "interval": interval or None,
+    }
+    return {"task": name, "documents": 1319, "metrics": [metric], "parts": []}
+
+
+def with_standard(made: dict[str, Any]) -> dict[str, Any]:
+    """The same findings with two of lm_eval's tasks, one of which pairs its documents."""
+    first, *others = made["models"]
+    first["lm_eval"] = [standard("arc_easy", 0.61, []), standard("wikitext", 17.3, [], up=False)]
+    for place, model in enumerate(others):
+        interval = [-0.2 + 0.15 * place, -0.05 + 0.15 * place]
+        model["lm_eval"] = [standard("arc_easy", 0.51, interval), standard("wikitext", 917.3, None, up=False)]
+    made["conditions"]["lm_eval"] = {
+        "version": "0.4.13",
+        "limit": 1319,
+        "chat_template": False,
+        "log_probabilities_dtype": "float32",
+        "seeds": {"random": 0},
+        "tasks": [
+            {"task": "arc_easy", "from": "lm_eval", "version": "1.0", "few_shot": 0, "documents": 2376},
+            {"task": "wikitext", "from": "mine.yaml", "version": "2", "few_shot": None, "documents": 62},
+        ],
+    }
+    return made
+
+
 def findings() -> dict[str, Any]:
     """Findings that a test may change."""
     differing = {"same": "It is ", "rest": "sixteen.", "first_different": 2, "tokens": 4, "ended": True}
@@ -112,6 +148,7 @@ def findings() -> dict[str, Any]:
             "metric": 1,
             "prompts": {"count": 10, "from": "prompts.txt"},
             "tasks": None,
+            "lm_eval": None,
             "measured_on": {"answers": 10, "tokens": 320, "temperature": 0.0},
             "answer_tokens": 32,
             "samples": 0,

@@ -3,6 +3,8 @@
 asked        prompts and problems                    candidates   the models, found to belong together
 written      what each of them answers               teacher      full precision's pass, made once, and the others'
 served       a model behind a server                 asking       the same of it (replies: as servers write it)
+harness      lm_eval's tasks, loaded or refused      standard     what each of them scores in these
+contained    lm_eval kept from the terminal
 findings     figures as JSON values                  scores       problems solved
 work         all of these for the models of one comparison
 
@@ -19,7 +21,9 @@ from typing import Any
 from logitwise.comparison.asked import read_asked
 from logitwise.comparison.candidates import open_candidates
 from logitwise.comparison.findings import Json, as_json, served_findings, side_by_side
+from logitwise.comparison.harness import load_tasks
 from logitwise.comparison.served import Served
+from logitwise.comparison.standard import standard_conditions
 from logitwise.comparison.work import Work
 from logitwise.comparison.written import Manner
 from logitwise.errors import RecipeError
@@ -58,6 +62,8 @@ def compare(
     prompts: str | Path | None = None,
     tasks: str | Path | None = None,
     extractor: str | None = None,
+    lm_eval: str | Sequence[str] = (),
+    lm_eval_limit: int | None = None,
     answer_tokens: int = 512,
     temperature: float = 0.0,
     samples: int = 0,
@@ -81,6 +87,9 @@ def compare(
         prompts: a file, one prompt a line or JSON lines with `prompt`; the package's own by default.
         tasks: JSON lines of `prompt` and `answer`, or "problems": arithmetic made from the seed.
         extractor: what finds an answer in a text, by its name in `measure.tasks.EXTRACTORS`; last-number by default.
+        lm_eval: standard tasks that EleutherAI's lm_eval runs on every model but those of servers: its names of tasks,
+            or paths of .yaml files or folders of them, one or more with commas between them.
+        lm_eval_limit: how many documents of each of these, the first ones; all by default.
         answer_tokens: the longest answer.
         temperature: of the full-precision answers that all are measured on; 0: its greedy ones.
         samples: answers sampled to each problem, for pass@k; 0: none.
@@ -95,8 +104,10 @@ def compare(
     page = Path(report)
     check_places(page)
     _check_numbers(answer_tokens, temperature, samples, tasks)
+    standard = _named(lm_eval, lm_eval_limit)
     machine = {name: choice.value for name, choice in choose_machine(Recipe.load(None, device=device)).items()}
     asked = read_asked(prompts, tasks, extractor, seed)
+    harness = load_tasks(standard, lm_eval_limit, watcher) if standard else None
     reference, others = open_candidates(original, quantized, servers, revision, watcher)
     folder = RunFolder(page.with_suffix(".run"))
     if fresh:
@@ -107,6 +118,7 @@ def compare(
     rows_by = work.write(reference, work.prompts, replace(manner, temperature=temperature)) if temperature else own
     tokens = work.tokens(rows_by)
     solved = work.scores(own.ends, samples) if asked.problems else [None] * (1 + len(others))
+    by_lm_eval = work.standard(harness) if harness else [None] * (1 + len(others))
     models = [
         {
             "name": candidate.name,
@@ -116,9 +128,10 @@ def compare(
             "tokens": measured,
             "answers": as_json(work.answers_beside(candidate, written, own)),
             "tasks": scored,
+            "lm_eval": scored_by_lm_eval,
         }
-        for candidate, measured, written, scored in zip(
-            [reference, *others], [None, *tokens["models"]], [own, *answers], solved, strict=True
+        for candidate, measured, written, scored, scored_by_lm_eval in zip(
+            [reference, *others], [None, *tokens["models"]], [own, *answers], solved, by_lm_eval, strict=True
         )
     ]
     conditions = {
@@ -127,6 +140,7 @@ def compare(
         "tasks": {"count": len(asked.problems), "from": asked.tasks_from, "extractor": asked.extractor}
         if asked.problems
         else None,
+        "lm_eval": standard_conditions(harness) if harness else None,
         "measured_on": {"answers": len(rows_by.ids), "tokens": tokens["count"], "temperature": temperature},
         "answer_tokens": answer_tokens,
         "samples": samples,
@@ -163,3 +177,18 @@ def _check_numbers(answer_tokens: int, temperature: float, samples: int, tasks: 
             raise RecipeError(f"{name} is {value}", f"it is at least {least}", "give another number")
     if samples and tasks is None:
         raise RecipeError("samples were asked for without tasks", "pass@k is of problems", "give tasks too")
+
+
+def _named(tasks: str | Sequence[str], limit: int | None) -> list[str]:
+    """The tasks of lm_eval that are named.
+
+    Errors: RecipeError where a limit means nothing.
+    """
+    listed = tasks.split(",") if isinstance(tasks, str) else tasks
+    named = [name.strip() for name in listed if name.strip()]
+    if tasks and not named:
+        raise RecipeError("lm_eval was asked for no task", f"{tasks!r} names none", "name one, such as wikitext")
+    if limit is not None and (limit < 1 or not named):
+        why = "it is at least 1" if limit < 1 else "no task of lm_eval was asked for"
+        raise RecipeError(f"lm_eval_limit is {limit}", why, "give another number, or leave it out")
+    return named

@@ -9,8 +9,10 @@ from logitwise.comparison.asked import Asked, as_tokens
 from logitwise.comparison.asking import as_served, ask_answers, ask_reported, shows_thinking
 from logitwise.comparison.candidates import Candidate
 from logitwise.comparison.findings import Json, answer_findings, as_json, token_findings
+from logitwise.comparison.harness import Harness
 from logitwise.comparison.scores import marks, sampled_findings, task_findings
 from logitwise.comparison.served import Prompt, Served
+from logitwise.comparison.standard import Scored, score, standard_findings
 from logitwise.comparison.teacher import Teacher, beside, rows_of, teach
 from logitwise.comparison.written import Answers, Manner, write_answers
 from logitwise.measure.coarse import coarse_divergence
@@ -134,4 +136,20 @@ class Work:
                 drawn = marks(self.write(candidate, tried, manner, ends, "samples"), self.asked, self.tokenizer)
                 scored["pass_at_k"] = {"temperature": SAMPLE_TEMPERATURE, "values": sampled_findings(drawn, samples)}
             found.append(scored)
+        return found
+
+    def standard(self, harness: Harness) -> list[list[Json] | None]:
+        """Every model's figures in lm_eval's tasks; None of a server's model, which lm_eval is not given."""
+
+        def run(candidate: Candidate) -> dict[str, Scored]:
+            return score(harness, candidate, self.tokenizer, self.manner, self.folder, self.watcher)
+
+        original = run(self.reference)
+        found: list[list[Json] | None] = [standard_findings(harness.items, original, None, self.manner.seed)]
+        for other in self.others:
+            if isinstance(other, Served):
+                self.watcher.say(f"{other.name}: lm_eval's tasks are not run on a server's model")
+                found.append(None)
+            else:
+                found.append(standard_findings(harness.items, run(other), original, self.manner.seed))
         return found

@@ -23,7 +23,7 @@ def sentences(findings: Json) -> list[str]:
     ranked = told + untold
     return [
         nearest(told, findings["noise"]) if told else answered_alone(untold),
-        lost(original, ranked),
+        " ".join(filter(None, [lost(original, ranked), standard_tasks(ranked)])),
         where(told) if told else first_differences(untold),
         endings(original, ranked),
         advice(original, ranked),
@@ -74,6 +74,33 @@ def lost(original: Json, ranked: list[Json]) -> str:
         return f"Of {own['problems']} problems full precision solves {percent(own['accuracy'])}, {listed(parts)}."
     parts = [f"{percent(model['answers']['identical'])} of {model['name']}'s answers" for model in ranked]
     return f"Word for word the same as full precision's are {listed(parts)}, where each answers by itself."
+
+
+def standard_tasks(ranked: list[Json]) -> str:
+    """Which models are surely worse in which of lm_eval's tasks; nothing where none was run, or none can tell."""
+    run = [model for model in ranked if model["lm_eval"]]
+    told = [entry["task"] for entry in run[0]["lm_eval"] if _paired(entry)] if run else []
+    if not told:
+        return ""
+    parts = [f"{model['name']} ({listed(worse(model))})" for model in run if worse(model)]
+    said = f"surely worse than full precision: {listed(parts)}" if parts else "none is surely worse than full precision"
+    return f"By lm_eval's {listed(told) if len(told) <= 3 else f'{len(told)} tasks'}, {said}."
+
+
+def worse(model: Json) -> list[str]:
+    """The tasks of lm_eval at which a model is surely worse, by the whole 95 % interval of the first paired metric."""
+    paired = [(entry["task"], _paired(entry)) for entry in model["lm_eval"] or ()]
+    return [
+        task
+        for task, metric in paired
+        if metric and (metric["interval"][1] < 0 if metric["higher_is_better"] else metric["interval"][0] > 0)
+    ]
+
+
+def _paired(entry: Json) -> Json | None:
+    """The first metric of a task that says whether a model is worse."""
+    told = (m for m in entry["metrics"] if m["interval"] and m["higher_is_better"] is not None)
+    return next(told, None)
 
 
 def where(ranked: list[Json]) -> str:
@@ -138,6 +165,8 @@ def faults(original: Json, model: Json) -> list[str]:
         found.append("it solves fewer problems")
     if model["answers"]["ended"] < original["answers"]["ended"] - LESS_ENDING:
         found.append("fewer of its answers end")
+    if worse(model):
+        found.append(f"it is worse at {listed(worse(model))}")
     return found
 
 

@@ -4,17 +4,20 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
-from report_findings import findings, served_model
+from report_findings import findings, served_model, with_standard
 
 from logitwise.errors import MachineError
 from logitwise.pages import embedded
 from logitwise.report.files import write_report
 from logitwise.report.page import page_of
 
+SCHEMA = json.loads(files("logitwise.report").joinpath("compare.schema.json").read_text("utf-8"))
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -154,6 +157,27 @@ def test_served_models_show_bounds_and_dashes(browser: Any, tmp_path: Path) -> N
     assert "≥: a lower bound, since a server names only its likeliest tokens (behind: 20)" in note
     assert "not known of silent" in note
     assert "behind, by http://localhost:8000/v1; prompts sent as token ids" in tab.locator("footer").inner_text()
+    tab.close()
+
+
+def test_standard_tasks_have_a_table(browser: Any, tmp_path: Path) -> None:
+    made = with_standard(findings())
+    jsonschema.validate(made, SCHEMA)
+    made["models"][2] = served_model("behind", 0.05)
+    made["models"][1]["lm_eval"][0]["task"] = made["models"][0]["lm_eval"][0]["task"] = "<b>arc</b>"
+    write_report(tmp_path / "standard.html", made)
+    tab = opened(browser, tmp_path / "standard.html")
+    assert tab.said == []
+    part = tab.locator("section").filter(has=tab.get_by_role("heading", name="Standard tasks"))
+    rows = [text.split("\t") for text in part.locator("tbody tr").all_inner_texts()]
+    assert rows[1] == ["w4", "<b>arc</b>", "acc ↑", "1,319", "0.51 ± 0.02", "-0.1", "-0.2 to -0.05"]
+    assert rows[2] == ["behind", "<b>arc</b>", "acc ↑", "1,319", "–", "–", "–"]
+    assert rows[4][2:6] == ["word_perplexity, strict-match ↓", "1,319", "917.3", "+900"]
+    note = part.locator("p.note").inner_text()
+    assert "on the first 1,319 documents of each task" in note
+    assert "(arc_easy 0, wikitext as its tasks have them (from mine.yaml))" in note
+    assert "not run on behind, which a server has" in note
+    assert "arc_easy version 1.0, 2,376 documents" in tab.locator("footer").inner_text()
     tab.close()
 
 

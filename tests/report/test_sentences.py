@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import pytest
+from report_findings import with_standard
 
 from logitwise.report.markdown import summary_of, table
 from logitwise.report.sentences import faults, listed, percent, sentences
@@ -37,6 +38,7 @@ def model(
             "lost": 2,
             "gained": 0,
         },
+        "lm_eval": None,
     }
 
 
@@ -47,7 +49,7 @@ def findings() -> dict[str, Any]:
     good = model("w3", 0.03, 0.001, 1.0, (-0.05, 0.0), 2_000_000)
     bad = model("w2", 0.8, 0.1, 0.5, (-0.7, -0.5), 1_500_000)
     noise = copy.deepcopy(model("", 0.001, 0, 1, (0, 0), 0)["tokens"])
-    return {"models": [original, bad, good], "noise": noise}
+    return {"models": [original, bad, good], "noise": noise, "conditions": {"lm_eval": None}}
 
 
 def test_each_sentence_answers_its_question(findings: dict[str, Any]) -> None:
@@ -144,3 +146,28 @@ def test_what_a_server_does_not_say_is_left_out(findings: dict[str, Any]) -> Non
     assert where.endswith("w3 by token 12 in half of those that do.")
     good["answers"]["first_different_median"] = None
     assert sentences(findings)[2].endswith("w3 in no answer.")
+
+
+def test_lm_eval_adds_a_sentence_to_the_second_line(findings: dict[str, Any]) -> None:
+    without = sentences(findings)
+    _, bad, good = with_standard(findings)["models"]
+    told = sentences(findings)
+    assert len(told) == 5
+    assert told[1] == f"{without[1]} By lm_eval's arc_easy, surely worse than full precision: w2 (arc_easy)."
+    assert faults(findings["models"][0], bad)[-1] == "it is worse at arc_easy"
+    assert faults(findings["models"][0], good) == []
+    bad["lm_eval"][0]["metrics"][0]["higher_is_better"] = False
+    assert sentences(findings)[1].endswith("By lm_eval's arc_easy, none is surely worse than full precision.")
+    good["lm_eval"] = bad["lm_eval"] = None
+    assert sentences(findings)[1] == without[1], "servers alone"
+
+
+def test_the_summary_holds_lm_eval_s_tasks(findings: dict[str, Any]) -> None:
+    with_standard(findings)["sentences"] = sentences(findings)
+    findings["models"][2]["lm_eval"] = None
+    text = summary_of(findings)
+    assert "| task | documents | metric | full | w2 | w3 |" in text
+    assert "| arc\\_easy | 1,319 | acc ↑ | 0.61 ± 0.02 | 0.51 ± 0.02 (-0.1: -0.2 to -0.05) | - |" in text
+    assert "| wikitext | 1,319 | word\\_perplexity, strict-match ↓ | 17.3 | 917.3 (+900) | - |" in text
+    assert "by lm_eval 0.4.13, the first 1,319 documents of each task, no chat template" in text
+    assert "lm_eval" not in summary_of({**findings, "conditions": {"lm_eval": None}, "sentences": []})

@@ -49,6 +49,28 @@ section("Their answers", `Greedy answers of at most ${count(found.conditions.ans
     ...(original.tasks?.pass_at_k?.values ?? []).map(({ k }, index) => [`pass@${k}`, (row) => plain(row.tasks.pass_at_k.values[index].value, share)]),
   ], found.models));
 
+/** lm_eval's tasks; a group's parts are in the .json alone. */
+function standardTasks(made) {
+  const four = (value) => (Math.abs(value) < 1e4 ? Number(value.toPrecision(4)).toString() : count(Math.round(value)));
+  const signed = (value) => `${value > 0 ? "+" : ""}${Math.abs(value) < 100 ? Number(value.toPrecision(2)) : count(Math.round(value))}`;
+  const way = { true: " ↑", false: " ↓", null: "" };
+  const called = ({ metric, filter, higher_is_better: up }) => `${metric}${filter === "none" ? "" : `, ${filter}`}${way[up]}`;
+  const rows = original.lm_eval.flatMap((entry, place) => entry.metrics.flatMap((metric, index) => found.models.map((model) => (
+    { name: model.name, color: model.color, task: entry.task, documents: entry.documents, metric: called(metric), is: model.lm_eval?.[place].metrics[index] ?? null }))));
+  const examples = made.tasks.map((task) => `${task.task} ${task.few_shot === null ? "as its tasks have them" : task.few_shot}${task.from === "lm_eval" ? "" : ` (from ${task.from})`}`).join(", ");
+  section("Standard tasks", `Run by lm_eval ${made.version}, ${made.limit === null ? "on all documents" : `on the first ${count(made.limit)} documents of each task`}, with its own defaults: prompts without a chat template, the task's own number of examples (${examples}). ↑: higher is better; ↓: lower. ± lm_eval's standard error over documents. The difference is to full precision; its 95 % interval is paired by documents, where the metric is a mean over them.${served.length ? ` –: not run on ${served.map((model) => model.name).join(", ")}, which a server has.` : ""}`,
+    table([
+      ["model", name],
+      ["task", (row) => ({ sort: row.task, text: row.task }), "text"],
+      ["metric", (row) => ({ sort: row.metric, text: row.metric }), "text"],
+      ["documents", (row) => plain(row.documents, count)],
+      ["value", (row) => (row.is && row.is.value !== null ? figure({ mean: row.is.value, standard_error: row.is.standard_error }, four, brief) : null)],
+      ["difference", (row) => plain(row.is?.difference, signed)],
+      ["95 % interval", (row) => (row.is?.interval ? { sort: row.is.interval[0], text: row.is.interval.map(signed).join(" to ") } : null)],
+    ], rows));
+}
+if (found.conditions.lm_eval) standardTasks(found.conditions.lm_eval);
+
 /** A series of bins for each model and for the noise floor; x is the middle of a bin, or its place. */
 function binned(pick, { spots = null, low = -Infinity, high = Infinity, withNoise = true } = {}) {
   return [...measured, ...(withNoise ? [noise] : [])].map((model) => ({
@@ -144,6 +166,7 @@ footer({
   made: found.made, original: original.name,
   prompts: `${count(made.prompts.count)}, ${made.prompts.from}`,
   tasks: made.tasks ? `${count(made.tasks.count)}, ${made.tasks.from}, answers found by ${made.tasks.extractor}` : "none",
+  ...(made.lm_eval ? { "standard tasks": `lm_eval ${made.lm_eval.version}: ${made.lm_eval.tasks.map((task) => `${task.task} version ${task.version}, ${count(task.documents)} documents`).join("; ")}; in ${made.answers_dtype}, log-probabilities in ${made.lm_eval.log_probabilities_dtype}; its own seeds` } : {}),
   "measured on": `${count(made.measured_on.tokens)} tokens of full precision's ${made.measured_on.temperature ? `answers at temperature ${made.measured_on.temperature}` : "greedy answers"}, in ${made.measured_dtype}`,
   answers: `greedy, in ${made.answers_dtype}, at most ${count(made.answer_tokens)} tokens, on ${made.device}`,
   ...(served.length ? { served: served.map(({ name: called, served: how }) => `${called}, by ${how.address}; prompts sent as ${how.prompts}; ${how.likeliest === null ? "no log-probabilities of a prompt" : `${how.likeliest} tokens named at each position`}; tokens of answers by ${how.answer_tokens_by === "server" ? "the server" : "their text"}`).join("; ") } : {}),
