@@ -125,7 +125,7 @@ def work(given: argparse.Namespace) -> None:
                     overwrite=True,
                 )
             except UnmetError as error:
-                add(name, open_stored(checkpoint), began, refused=str(error))
+                add(name, open_stored(checkpoint), began, refused=error.why)
                 continue
             held_out = {"before": result.before.kl.mean, "after": result.after.kl.mean}
             add(name, open_stored(out), began, held_out_kl=held_out, changed=result.changed)
