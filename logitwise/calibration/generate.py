@@ -1,33 +1,28 @@
 """The model's own sampled answers: calibration text that needs no data set.
 
-Prompts are answered in batches with a static key-value cache. Attention reads the whole cache at every step, so the
-cache is kept small: it grows in steps as the answers do, and answers that have ended leave it.
+Prompts are answered in batches, and answers that have ended leave their batch.
 """
 
-import inspect
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitwise.calibration.batches import Keep, answers_of, keep_nothing
 from logitwise.calibration.chat import prompt_ids
+from logitwise.calibration.decoding import Decoder
 from logitwise.calibration.rows import Document
 from logitwise.errors import CalibrationError
 
 CHUNK = 256  # tokens of the vocabulary that are drawn from together
-CACHE_STEP = 64  # positions by which the cache grows; copying it costs about one forward of the batch
-LIVE_SHARE = 0.75  # below this share of unfinished answers the cache is compacted
 SPARE_PROMPTS = 1.15  # prompts taken beyond what the mean length asks for; the run stops when enough is written
 
 
@@ -142,76 +137,33 @@ def answer(
         mask[row, : longest - len(prompt)] = 0
     ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask[:, :longest].cumsum(1) - 1).clamp(min=0)
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     answers: list[list[int]] = [[] for _ in prompts]
-    rows = torch.arange(len(prompts), device=model.device)  # the prompt each row of the batch belongs to
-    live = torch.ones_like(rows, dtype=torch.bool)
-    capacity = min(round_up(longest), longest + steps)
-    cache = StaticCache(model.config, capacity)
-    list(layers_of(cache))  # refuses before the first forward
+    live = list(range(len(prompts)))  # which answers go on
+    rows = live  # which answer each row of the batch is
+    last = set(ends.tolist())
+    decoder = Decoder(model, longest, longest + steps)
     written = sum(map(len, prompts))
     for length in range(longest, longest + steps):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask[:, :length],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **last_only,
-        )
-        chosen = choose(output.logits[:, -1])
-        for row, token in zip(rows[live].tolist(), chosen[live].tolist(), strict=True):
-            answers[row].append(token)
-        written += int(live.sum())
+        chosen = choose(decoder(ids, mask[:, : decoder.capacity], positions))
+        tokens = dict(zip(rows, chosen.tolist(), strict=True))
+        for index in live:
+            answers[index].append(tokens[index])
+        written += len(live)
         if progress is not None:
             progress(written)
-        live &= ~torch.isin(chosen, ends)
-        if written >= budget or not live.any():
+        live = [index for index in live if tokens[index] not in last]
+        if written >= budget or not live:
             break
         ids, positions = chosen.unsqueeze(1), positions[:, -1:] + 1
-        compact = live.float().mean() < LIVE_SHARE
-        if compact or length == capacity:
-            kept = live.nonzero().squeeze(1) if compact else torch.arange(len(rows), device=rows.device)
-            capacity = min(round_up(length + 1), longest + steps)
-            resize(cache, model.config, kept, capacity)
-            ids, positions, mask, rows, live = (part[kept] for part in (ids, positions, mask, rows, live))
+        compact = len(live) < decoder.live_share * len(rows)
+        if compact or length == decoder.capacity:
+            still = set(live if compact else rows)
+            kept = torch.tensor([row for row, index in enumerate(rows) if index in still], device=mask.device)
+            rows = [index for index in rows if index in still]
+            decoder.resize(kept, length + 1)
+            ids, positions, mask = (part[kept] for part in (ids, positions, mask))
     return answers
-
-
-def resize(cache: StaticCache, config: PreTrainedConfig, kept: Int64[Tensor, " kept"], capacity: int) -> None:
-    """Keep some rows of a cache, in place, and give it room for `capacity` positions, one layer at a time.
-
-    A sliding layer that has reached its window keeps its size: it has begun to overwrite its oldest positions.
-    """
-    for index, (old, new) in enumerate(zip(layers_of(cache), layers_of(StaticCache(config, capacity)), strict=True)):
-        keys, values = (cast(Tensor, part).index_select(0, kept) for part in (old.keys, old.values))
-        if new.max_cache_len == old.max_cache_len:
-            old.keys, old.values, old.batch_size = keys, values, len(kept)
-            continue
-        new.lazy_initialization(keys, values)
-        for part, filled in ((new.keys, keys), (new.values, values)):
-            cast(Tensor, part)[:, :, : old.max_cache_len] = filled
-        new.cumulative_length.copy_(old.cumulative_length)
-        if isinstance(old, StaticSlidingWindowLayer) and isinstance(new, StaticSlidingWindowLayer):
-            new.cumulative_length_int = old.cumulative_length_int
-        cache.layers[index] = new
-
-
-def layers_of(cache: StaticCache) -> Iterator[StaticLayer]:
-    """The layers of a cache, one at a time.
-
-    Errors: CalibrationError where one is of a kind that `resize` does not know (a state space, shared keys).
-    """
-    for index in range(len(cache.layers)):
-        layer = cache.layers[index]
-        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
-            raise CalibrationError(
-                "this model cannot write its own calibration text",
-                f"layer {index} keeps a {type(layer).__name__} where keys and values were expected",
-                "give text with --calibration text:FILE or jsonl:FILE",
-            )
-        yield cast(StaticLayer, layer)
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " ends"]:
@@ -225,11 +177,6 @@ def positions_of(model: PreTrainedModel) -> int | None:
     """How many positions the model was made for, where its config says so."""
     count: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return count
-
-
-def round_up(length: int) -> int:
-    """The multiple of the cache step at or above a length."""
-    return math.ceil(length / CACHE_STEP) * CACHE_STEP
 
 
 def evenly(prompts: list[list[int]], batch: int) -> list[list[list[int]]]:

@@ -53,7 +53,7 @@ LONG, SHORT = (
 def test_greedy_answers_are_those_of_each_prompt_alone(
     family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitwise.calibration.generate.CACHE_STEP", 8)  # many growths
+    monkeypatch.setattr("logitwise.calibration.decoding.CACHE_STEP", 8)  # many growths
     model = tiny_model(family)
     draw = random.Random(1)
     prompts = [[draw.randrange(3, 131) for _ in range(length)] for length in lengths]
@@ -64,6 +64,31 @@ def test_greedy_answers_are_those_of_each_prompt_alone(
     assert len({len(ids) for ids in expected}) > 2
     found = answer(model, prompts, torch.tensor(ends), 40, 10**6, greedy)
     assert found == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@pytest.mark.parametrize(("family", "records"), [("llama", True), ("gpt2", True), ("mistral", False)])
+def test_recorded_steps_give_the_answers_of_steps_that_are_not(
+    family: str, records: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logitwise.calibration.decoding.RECORDED_CACHE_STEP", 8)
+    replays = 0
+    replay = torch.cuda.CUDAGraph.replay
+
+    def count(graph: torch.cuda.CUDAGraph) -> None:
+        nonlocal replays
+        replays += 1
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", count)
+    model = tiny_model(family)
+    draw = random.Random(1)
+    prompts = [[draw.randrange(3, 131) for _ in range(length)] for length in LONG]
+    ends = sorted({reference(model, prompt, 40, [])[place] for prompt, place in zip(prompts, (5, 9, 20), strict=False)})
+    expected = [reference(model, prompt, 40, ends) for prompt in prompts]
+    found = answer(model.to("cuda"), prompts, torch.tensor(ends, device="cuda"), 40, 10**6, greedy)
+    assert found == expected
+    assert (replays > 0) == records
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
