@@ -176,7 +176,7 @@ def write_model(config: LlamaConfig, out: Path) -> None:
     shards: dict[str, list[str]] = defaultdict(list)
     for name in source.names():
         parts = name.split(".")
-        shards[f"block-{parts[2]}" if parts[1] == "layers" else parts[-2]].append(name)
+        shards[f"block-{parts[2]}" if parts[1] == "layers" else f"outside-{len(shards)}"].append(name)
     out.mkdir()
     config.save_pretrained(out)
     core = Tokenizer(

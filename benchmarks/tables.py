@@ -45,7 +45,7 @@ def main() -> None:
         columns = ["variant", "seeds", "KL, development", f"less than {given.against}, 95 %", *places.values()]
         asked = any(not is_harder(kind) for row in rows for kind in row.get("accuracy") or {})
         columns += ["top-1", "perplexity", *(["accuracy"] if asked else [])]
-        paired = asked and given.paired and given.against in variants
+        paired = asked and given.paired
         columns += [f"more right than {given.against}, 95 %"] if paired else []
         print(f"\n{grid}\n\n| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
         for name, by_seed in variants.items():
@@ -59,8 +59,8 @@ def main() -> None:
             cells += [f"{mean(found, last, 'top1'):.4f}", f"{mean(found, last, 'perplexity'):.3f}"]
             cells += [share(right(found, is_usual))] if asked else []
             if paired:
-                other = variants[given.against]
-                seeds = [seed for seed in by_seed if seed in other and name != given.against]
+                other = variants.get(partner(name, given.against), {})
+                seeds = [seed for seed in by_seed if seed in other and other is not by_seed]
                 both = [right([rows[seed] for seed in seeds], is_usual) for rows in (by_seed, other)]
                 cells += [more(*both) if both[0].size else ""]
             print(f"| {' | '.join(cells)} |")

@@ -38,7 +38,8 @@ def check_files(folder: Path) -> None:
                 f"it leads to {_target(file)}, which may be anything",
                 "put the file itself there, or give the folder that it leads to",
             )
-    for file in sorted({file for pattern in READ_WHOLE for file in folder.glob(pattern) if file.is_file()}):
+    whole = {file for pattern in READ_WHOLE for file in folder.glob(pattern) if file.suffix != ".safetensors"}
+    for file in sorted(file for file in whole if file.is_file()):
         if (size := file.stat().st_size) > MOST_BYTES:
             raise SourceError(
                 f"{file} is too large", f"it has {size} bytes; at most {MOST_BYTES} are read", "fetch the model again"

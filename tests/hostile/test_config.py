@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, Qwen2Config, T5Config, T5F
 from logitwise.errors import SourceError
 from logitwise.skeleton import Skeleton
 from logitwise.source import check_tokenizer, open_source
+from logitwise.source.outside import check_files
 
 
 def refusal(model: str | Path) -> str:
@@ -122,6 +123,12 @@ def test_files_too_large_to_be_parsed(folder: Path, name: str):
     with (folder / name).open("ab") as file:
         file.truncate(10**10)  # no more than a length: nothing of it is on the disk
     assert f"{name} is too large\n  why:  it has 10000000000 bytes" in refusal(folder)
+
+
+def test_weights_may_be_large_whatever_their_file_is_called(folder: Path):
+    with (folder / "embed_tokens.safetensors").open("wb") as file:
+        file.truncate(10**10)
+    check_files(folder)
 
 
 @pytest.mark.parametrize(
