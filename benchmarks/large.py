@@ -19,7 +19,6 @@ bfloat16 matrices of 8,192 x 8,192, in the same process.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 from lfq_cost import SHAPES, RandomSource
-from processes import about, save
+from processes import about, peak_ram, save
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -164,7 +163,7 @@ def run(
         "parts": dict(parts),
         "fits": fits,
         "rate": rate,
-        "ram": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "ram": peak_ram(),
         "device_memory": torch.cuda.max_memory_allocated() if CUDA else 0,
         "weights": sum(file.stat().st_size for file in model.glob("*.safetensors")),
     }

@@ -9,7 +9,6 @@ Memory is that of the process at most: its resident set, and on a GPU its tensor
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import about, save
+from processes import about, peak_ram, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import logitwise
@@ -91,7 +90,7 @@ def happened(model: Path, recipe: Recipe) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         of_parts = {"fits": [window["seconds"] for window in result.report["windows"]]}
         of_parts |= {"text": result.report["calibration"].get("seconds")}
-    memory = {"ram": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    memory = {"ram": peak_ram()}
     memory["device_memory"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"size": size, **memory, "seconds": time.monotonic() - began, "of_parts": of_parts}
 

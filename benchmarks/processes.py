@@ -85,6 +85,12 @@ def about(device: str) -> dict[str, Any]:
     return {"device": name, "versions": versions(), "arguments": sys.argv[1:]}
 
 
+def peak_ram() -> int:
+    """Bytes of RAM that this process had at the most; getrusage would count the parent's as well, from before the exec."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
+
+
 def save(file: Path, found: Any) -> None:
     """JSON that appears at once, since another process may be reading it."""
     written = file.with_name(f"{file.name}.new")
