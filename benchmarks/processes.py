@@ -86,7 +86,7 @@ def about(device: str) -> dict[str, Any]:
 
 
 def peak_ram() -> int:
-    """Bytes of RAM that this process had at the most; getrusage would count the parent's as well, from before the exec."""
+    """Bytes of RAM that this process had at the most; getrusage would count its parent's too."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
 
