@@ -27,12 +27,15 @@ from logitwise.probe import OfWindow, bytes_of_streams, of_forward, of_text, of_
 from logitwise.quantizers import INFORMED, QUANTIZERS
 from logitwise.recipe import Choice, Recipe
 from logitwise.skeleton import Slot
+from logitwise.unfinished import SECONDS
 from logitwise.watch import SILENT, Watcher
 from logitwise.windows import Step, plan_steps
 
 GIB = 2**30
 READING = 2**29
 """Bytes a second at which weights are taken to be read and hashed; the only figure that is not measured."""
+STATE = 2 * 4 * 4
+"""Bytes of disk for each number of a long fit: itself, its best iterate, two of Adam; as many while newer ones come."""
 SPLITS = (1, 2, 4, 8)
 ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "c_proj", "fc2", "wo", "w2")
 """Names of layers whose inputs tensor parallelism splits; of all others it splits the outputs."""
@@ -138,7 +141,7 @@ def _sizes(outlined: Outline, recipe: Recipe, grid_of: Callable[[str], Grid]) ->
 def _measured(
     outlined: Outline, recipe: Recipe, watcher: Watcher
 ) -> tuple[dict[str, float], int | None, int, int, list[str]]:
-    """Seconds of each part, bytes of GPU and of RAM at most, of streams on disk, and what is left out."""
+    """Seconds of each part, bytes of GPU, of RAM and of disk beside finished windows at most, and what is left out."""
     source, device = outlined.source, torch.device(recipe.device)
     weights_bytes = source.size_bytes
     seconds = {"reading and checking the model": weights_bytes / READING}
@@ -197,10 +200,13 @@ def _measured(
     of_streams = bytes_of_streams(recipe, outlined.skeleton, all_rows)
     where = choose_place(recipe.streams, of_streams, device).value
     there = dict.fromkeys(("device", "cpu", "disk"), 0) | {where: of_streams}
+    tried = [(largest, usual), *([(refits[0], last)] if last else [])]
+    long = [one for step, one in tried if step.steps * one.step > SECONDS]
+    on_disk = there["disk"] + STATE * max((one.learned for one in long), default=0)
     peak = max(of_writing, of_fits + there["device"])
     if device.type == "cuda":
-        return seconds, peak, psutil.Process().memory_info().rss + there["cpu"], there["disk"], notes
-    return seconds, None, max(of_writing, of_fits + there["device"] + there["cpu"]), there["disk"], notes
+        return seconds, peak, psutil.Process().memory_info().rss + there["cpu"], on_disk, notes
+    return seconds, None, max(of_writing, of_fits + there["device"] + there["cpu"]), on_disk, notes
 
 
 def _split(outlined: Outline, grid_of: Callable[[str], Grid], count: int) -> str | None:

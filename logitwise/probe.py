@@ -86,12 +86,14 @@ class OfWindow:
         step: seconds of an optimiser step.
         held_out_row: seconds of measuring one held-out row.
         peak: bytes at most, without the streams: of a GPU beside what was there before, of RAM by the whole process.
+        learned: numbers that are learned.
     """
 
     opening: float
     step: float
     held_out_row: float
     peak: int
+    learned: int
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,14 @@ def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot],
     with _peak(device) as peak:
         opening = _seconds(device, lambda: trial.open(kept))
         if not step.steps:
-            return OfWindow(opening, 0.0, 0.0, peak())
+            return OfWindow(opening, 0.0, 0.0, peak(), 0)
         few = _seconds(device, lambda: trial.learn(2))
         more = max(1, min(MOST_STEPS, int(LONG_ENOUGH / (few / 2))))
         many = _seconds(device, lambda: trial.learn(2 + more))
         asked = _seconds(device, trial.ask)
-    return OfWindow(opening, max(0.0, many - few) / more, asked / step.batch, peak())
+    groups = [group for quantizer in trial.quantizers.values() for group in quantizer.groups().values()]
+    learned = sum(parameter.numel() for group in groups for parameter in group)
+    return OfWindow(opening, max(0.0, many - few) / more, asked / step.batch, peak(), learned)
 
 
 def try_memory(skeleton: Skeleton, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], streams: int) -> None:
