@@ -4,8 +4,8 @@
     python benchmarks/large.py --out growth.json --grow
 
 The model has random weights, its shape's head and embedding, and `--blocks` of its blocks; it is written to disk first,
-in shards. Calibration rows are random tokens. Each run is a process of its own, whose memory is its own at the most:
-its resident set, and on a GPU its tensors. Parts of a run are timed by waiting for the device at their ends: they add
+in shards. Calibration rows are random tokens. The run is a process of its own, whose memory is its own at the most: its
+resident set, and on a GPU its tensors. Parts of a run are timed by waiting for the device at their ends: they add
 up. A step's time is the mean over a fit, its checks on held-out rows included.
 
 Arithmetic of a step: a token costs 2 operations for each weight of the block going forward and 4 going backward (2 for
@@ -14,7 +14,8 @@ positions; in the last fit 6 for each weight of the head (the teacher's logits, 
 hidden states). What a quantizer does to a weight is not counted. The card's own rate is that of a product of two
 bfloat16 matrices of 8,192 x 8,192, in the same process.
 
---grow changes one thing at a time (blocks, rows, hidden size, vocabulary) beside one middle shape, in short runs.
+--grow changes one thing at a time (blocks, rows, hidden size, vocabulary) beside one middle shape, in short runs of one
+process, after one that is not counted.
 """
 
 import argparse
@@ -73,14 +74,18 @@ def main() -> None:
         save(given.out, run(**json.loads(given.only)))
         return
     found: list[dict[str, Any]] = []
-    for point in growth(given) if given.grow else [of_shape(given)]:
+    for number, point in enumerate(growth(given) if given.grow else [of_shape(given)]):
         with tempfile.TemporaryDirectory() as temporary:
-            place = Path(temporary) / "found.json"
-            own = ["--out", str(place), "--only", json.dumps({**point, "folder": temporary})]
-            subprocess.run([sys.executable, __file__, *own], check=True)
-            found.append(json.loads(place.read_text()))
-        save(given.out, {**about("cuda" if CUDA else "cpu"), "results": found})
-        show(found[-1])
+            point["folder"], place = temporary, Path(temporary) / "found.json"
+            if given.grow:
+                made = run(**point)
+            else:
+                subprocess.run([sys.executable, __file__, "--out", place, "--only", json.dumps(point)], check=True)
+                made = json.loads(place.read_text())
+        if number or not given.grow:
+            found.append(made)
+            save(given.out, {**about("cuda" if CUDA else "cpu"), "results": found})
+            show(made)
 
 
 def of_shape(given: argparse.Namespace) -> dict[str, Any]:
@@ -91,7 +96,8 @@ def of_shape(given: argparse.Namespace) -> dict[str, Any]:
 
 def growth(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The middle shape, and those that differ from it in one thing."""
-    for name, value in [("blocks", MIDDLE["blocks"]), *((n, value) for n in GROWN for value in GROWN[n])]:
+    middle = ("blocks", MIDDLE["blocks"])
+    for name, value in [middle, middle, *((n, value) for n in GROWN for value in GROWN[n])]:
         at = {**MIDDLE, name: value}
         config = dict(
             hidden_size=at["hidden"],
@@ -217,7 +223,12 @@ class Clock(Watcher):
 
     @contextmanager
     def stage(self, title: str, total: float) -> Iterator[Stage]:
+        began = time.perf_counter()
         yield Steps(self.fits) if title == "Fitting blocks" else Stage()
+        print(f"{title}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+
+    def detail(self, sentence: str) -> None:
+        print(sentence, file=sys.stderr, flush=True)
 
 
 class Steps(Stage):
