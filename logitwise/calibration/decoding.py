@@ -5,14 +5,14 @@ A small model's step is bound by launches, so on a GPU it is recorded as a CUDA 
 
 import inspect
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
+from torch.nn.functional import pad
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from logitwise.errors import CalibrationError
@@ -44,24 +44,26 @@ class Decoder:
 
     Attention reads the whole cache at every step, so the cache is kept small and grows in steps.
 
-    On a GPU a step of one token a row is recorded once, after the first of its shape, and replayed; where a layer
-    counts its positions outside of the GPU (sliding windows), or the model's forward waits for the GPU, it is not.
+    Every layer keeps all positions, those with sliding windows too: their masks hide what they are not to see.
+
+    On a GPU a step of one token a row is recorded once, after the first of its shape, and replayed; where the model's
+    forward waits for the GPU it is not.
 
     Args:
         model: in evaluation mode.
         tokens: how many the prompts have, padded.
         most: how many there will be at the most.
 
-    Errors: CalibrationError where a layer's cache is of a kind that `resize` does not know.
+    Errors: CalibrationError where a layer keeps something else than keys and values (a state space, shared keys).
     """
 
     def __init__(self, model: PreTrainedModel, tokens: int, most: int) -> None:
         self.model, self.most = model, most
-        kinds = {type(layer) for layer in layers_of(StaticCache(model.config, 1))}
-        self.records = kinds == {StaticLayer} and model.device.type == "cuda"
+        self.records = model.device.type == "cuda"
         self.live_share = RECORDED_LIVE_SHARE if self.records else LIVE_SHARE
         self.capacity = self._room_for(tokens)
-        self._cache = StaticCache(model.config, self.capacity)
+        self._layers = [StaticLayer(self.capacity) for _ in range(_layers(model.config))]
+        self._cache = Cache(layers=[*self._layers])
         self._last_only = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
@@ -117,40 +119,24 @@ class Decoder:
     def resize(self, kept: Int64[Tensor, " kept"], tokens: int) -> None:
         """Keep some rows, and make room for `tokens` tokens of each, or some more."""
         self._warm, self._recording = False, None
-        self.capacity = self._room_for(tokens)
-        resize(self._cache, self.model.config, kept, self.capacity)
+        before, self.capacity = self.capacity, self._room_for(tokens)
+        for layer in self._layers:
+            keys, values = (cast(Tensor, part).index_select(0, kept) for part in (layer.keys, layer.values))
+            layer.keys, layer.values = (pad(part, (0, 0, 0, self.capacity - before)) for part in (keys, values))
+            layer.batch_size, layer.max_cache_len = len(kept), self.capacity
 
 
-def resize(cache: StaticCache, config: PreTrainedConfig, kept: Int64[Tensor, " kept"], capacity: int) -> None:
-    """Keep some rows of a cache, in place, and give it room for `capacity` positions, one layer at a time.
+def _layers(config: PreTrainedConfig) -> int:
+    """How many layers keep keys and values.
 
-    A sliding layer that has reached its window keeps its size: it has begun to overwrite its oldest positions.
+    Errors: CalibrationError where one keeps something else.
     """
-    for index, (old, new) in enumerate(zip(layers_of(cache), layers_of(StaticCache(config, capacity)), strict=True)):
-        keys, values = (cast(Tensor, part).index_select(0, kept) for part in (old.keys, old.values))
-        if new.max_cache_len == old.max_cache_len:
-            old.keys, old.values, old.batch_size = keys, values, len(kept)
-            continue
-        new.lazy_initialization(keys, values)
-        for part, filled in ((new.keys, keys), (new.values, values)):
-            cast(Tensor, part)[:, :, : old.max_cache_len] = filled
-        new.cumulative_length.copy_(old.cumulative_length)
-        if isinstance(old, StaticSlidingWindowLayer) and isinstance(new, StaticSlidingWindowLayer):
-            new.cumulative_length_int = old.cumulative_length_int
-        cache.layers[index] = new
-
-
-def layers_of(cache: StaticCache) -> Iterator[StaticLayer]:
-    """The layers of a cache, one at a time.
-
-    Errors: CalibrationError where one is of a kind that `resize` does not know (a state space, shared keys).
-    """
-    for index in range(len(cache.layers)):
-        layer = cache.layers[index]
+    layers = StaticCache(config, 1).layers
+    for index, layer in enumerate(layers):
         if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
             raise CalibrationError(
                 "this model cannot write its own calibration text",
                 f"layer {index} keeps a {type(layer).__name__} where keys and values were expected",
                 "give text with --calibration text:FILE or jsonl:FILE",
             )
-        yield cast(StaticLayer, layer)
+    return len(layers)
