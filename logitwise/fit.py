@@ -1,6 +1,7 @@
 """Fits one window: one block or K blocks, by any method and any objective. Knows none of them by name."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from logitwise.carrying import brought, bus_between, through
 from logitwise.descent import Course, Halfway, Schedule, descend, row_order
 from logitwise.errors import MachineError
 from logitwise.fused import compiled_weight
@@ -174,9 +176,7 @@ class Window:
         blocks: range | None = None,
     ) -> None:
         """`hidden` in place becomes the window's output, or that of these of its blocks."""
-        for start in range(0, hidden.shape[0], batch):
-            part = slice(start, start + batch)
-            hidden[part] = self.forward(hidden[part].to(self.skeleton.device), replaced, blocks)
+        through(hidden, lambda part: self.forward(part, replaced, blocks), batch, self.skeleton.device)
 
 
 @dataclass(frozen=True)
@@ -203,37 +203,52 @@ class Data:
     held_out: int
     ranks: Ranks = ALONE
 
-    def entering(self, rows: Tensor | slice) -> Float[Tensor, "rows tokens d"]:
+    def entering(self, rows: slice) -> Float[Tensor, "rows tokens d"]:
         """What the student's window reads of some rows, on the device."""
         return self.inputs[rows].to(self.weights.device)
 
-    def leaving(self, rows: Tensor | slice) -> Float[Tensor, "rows tokens leaving"]:
+    def leaving(self, rows: slice) -> Float[Tensor, "rows tokens leaving"]:
         """What the teacher's window puts out for some rows, on the device."""
         return self.targets[rows].to(self.weights.device)
 
-    def taps(self, rows: Tensor | slice, student: Float[Tensor, "rows tokens d"], head: Head | None) -> Taps:
+    def some(self, rows: slice) -> "Data":
+        """Some rows alone."""
+        weights, following = self.weights[rows], self.following[rows]
+        return Data(self.inputs[rows], self.targets[rows], weights, following, len(weights), 0, self.ranks)
+
+    def taps(self, rows: slice, student: Float[Tensor, "rows tokens d"], head: Head | None) -> Taps:
         """What an objective sees of some rows."""
         return Taps(student, self.leaving(rows), self.weights[rows], self.following[rows], head)
 
 
 def batches_of(
     data: Data, schedule: Schedule, fresh: Iterator[Data] | None, tokens: Int64[Tensor, ""]
-) -> Iterator[tuple[Data, Tensor | slice]]:
-    """For each step, of which data which rows: those there are again and again, or once and then fresh ones.
+) -> Generator[Data, None, None]:
+    """For each step its rows, on the device: those there are again and again, or once and then fresh ones.
 
-    `tokens` grows by the counted positions of each that is taken.
+    `tokens` grows by the counted positions of each that is taken. Nothing is under way once the generator is closed.
     """
-    taken: Iterator[tuple[Data, Tensor | slice]]
     size = schedule.batch
     if fresh is None:
-        order = row_order(data.train, size, schedule.seed + data.ranks.rank)
-        taken = ((data, rows.to(data.inputs.device)) for rows in order)
+        taken = _again_and_again(data, schedule)
     else:
         starts = ((part, start) for part in chain([data], fresh) for start in range(0, part.train - size + 1, size))
-        taken = ((part, slice(start, start + size)) for part, start in starts)
-    for part, rows in taken:
-        tokens.add_((part.weights[rows] > 0).sum())
-        yield part, rows
+        taken = (part.some(slice(start, start + size)) for part, start in starts)
+    with closing(taken):
+        for part in taken:
+            tokens.add_((part.weights > 0).sum())
+            yield part
+
+
+def _again_and_again(data: Data, schedule: Schedule) -> Generator[Data, None, None]:
+    order = row_order(data.train, schedule.batch, schedule.seed + data.ranks.rank)
+    device = data.weights.device
+    bus = bus_between(data.inputs.device, device)
+    of_rows = (rows.to(data.inputs.device) for rows in order)
+    with closing(brought(of_rows, lambda rows: (data.inputs[rows], data.targets[rows]), bus)) as arriving:
+        for rows, (inputs, targets) in arriving:
+            weights, following = data.weights[rows], data.following[rows]
+            yield Data(inputs.to(device), targets.to(device), weights, following, len(rows), 0, data.ranks)
 
 
 @dataclass(frozen=True)
@@ -277,10 +292,9 @@ def fit(
     tokens = torch.zeros((), dtype=torch.int64, device=data.weights.device)
     parameters = [(role, p) for q in own.values() for role, group in q.groups().items() for p in group]
 
-    def learn(step: int, batch: tuple[Data, Tensor | slice]) -> Tensor:
-        part, rows = batch
-        student = learner.forward(part.entering(rows), step / schedule.steps)
-        return learner.backward(objective.shared(part.taps(rows, student, head), data.ranks))
+    def learn(step: int, part: Data) -> Tensor:
+        student = learner.forward(part.inputs, step / schedule.steps)
+        return learner.backward(objective.shared(part.taps(slice(None), student, head), data.ranks))
 
     @torch.no_grad()
     def measure_held_out() -> float:
@@ -290,18 +304,19 @@ def fit(
         for quantizer in own.values():
             quantizer.after_step()
 
-    course = descend(
-        parameters,
-        batches_of(data, schedule, fresh, tokens),
-        learn,
-        measure_held_out if data.held_out else None,
-        lambda: _refuse(learner.first_of_all(_no_number(own))),
-        schedule,
-        stage,
-        units,
-        after_step,
-        learner.halfway(halfway),
-    )
+    with closing(batches_of(data, schedule, fresh, tokens)) as batches:
+        course = descend(
+            parameters,
+            batches,
+            learn,
+            measure_held_out if data.held_out else None,
+            lambda: _refuse(learner.first_of_all(_no_number(own))),
+            schedule,
+            stage,
+            units,
+            after_step,
+            learner.halfway(halfway),
+        )
     learner.finish()
     return Fitted(
         {slot: quantizer.freeze() for slot, quantizer in quantizers.items()},

@@ -7,6 +7,7 @@ the full-precision model's distribution. How it goes backward through all blocks
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -207,16 +208,17 @@ class Polish:
         arriving = None if fresh is None else (self._pass(rows, calls) for rows in fresh)
         learnable, parameters = self._learnable(calls), list(self._parameters())
         tokens = torch.zeros((), dtype=torch.int64, device=self.skeleton.device)
-        course = descend(
-            parameters,
-            batches_of(data, schedule, arriving, tokens),
-            lambda step, batch: self._learn(*batch, learnable),
-            (lambda: self._measure(data, calls)) if self.held_out else None,
-            lambda: _refuse_not_a_number(parameters),
-            schedule,
-            stage,
-            halfway=halfway,
-        )
+        with closing(batches_of(data, schedule, arriving, tokens)) as batches:
+            course = descend(
+                parameters,
+                batches,
+                lambda step, part: self._learn(part, learnable),
+                (lambda: self._measure(data, calls)) if self.held_out else None,
+                lambda: _refuse_not_a_number(parameters),
+                schedule,
+                stage,
+                halfway=halfway,
+            )
         (learned,) = map(int, self.ranks.total(int(tokens)))
         return Polished(*self._outcome(), course.losses, course.held_out, course.kept, learned, course.flat)
 
@@ -234,12 +236,12 @@ class Polish:
         weights, following = rows.weights.to(device), rows.following.to(device)
         return Data(inputs, hidden, weights, following, len(rows) - held_out, held_out, self.ranks)
 
-    def _learn(self, data: Data, rows: Tensor | slice, learnable: LearnableBlocks) -> Tensor:
-        """The loss of some rows; its gradient is left in the parameters."""
-        top, weights = learnable(data.entering(rows)), data.weights[rows]
+    def _learn(self, data: Data, learnable: LearnableBlocks) -> Tensor:
+        """The loss of a step's rows; its gradient is left in the parameters."""
+        top, weights = learnable(data.inputs), data.weights
         counted = weights > 0
         with torch.no_grad():
-            target = self.teacher_head.hidden(data.leaving(rows)[counted])
+            target = self.teacher_head.hidden(data.targets[counted])
         loss = soft_cross_entropy(self._normed(top[counted]), target, weights[counted], self.head).cross_entropy
         loss = loss * self.ranks.part(weights.sum())
         loss.backward()

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from logitwise.activations import Streams
+from logitwise.carrying import through
 from logitwise.errors import SourceError
 from logitwise.source.base import Source
 
@@ -282,8 +283,7 @@ class Skeleton:
         batch: int,
     ) -> None:
         """`hidden` in place becomes one block's output, `batch` rows at a time."""
-        for part in hidden.split(batch):
-            part.copy_(self.run(block, weights, part.to(self.device), call))
+        through(hidden, lambda part: self.run(block, weights, part, call), batch, self.device)
 
     def embed(
         self,

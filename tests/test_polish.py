@@ -53,7 +53,7 @@ def test_gradients_are_those_of_the_models_own_forward(family: str) -> None:
     polish, codes = opened(family)
     data = rows()
     calls = polish.skeleton.calls(data.ids.shape[1])
-    loss = polish._learn(polish._pass(data, calls), slice(None), polish._learnable(calls))
+    loss = polish._learn(polish._pass(data, calls), polish._learnable(calls))
 
     model, original = tiny_model(family), tiny_model(family)
     factors, replaced = {}, {}
