@@ -19,7 +19,7 @@ from logitwise.measure.answers import THINK_MARKERS, first_different, loops, pla
 from logitwise.measure.bins import CONFIDENCE_EDGES, growth, in_bins, position_edges
 from logitwise.measure.confidence import calibration, forking, turning_ids
 from logitwise.measure.divergence import Divergence
-from logitwise.measure.figure import Figure, mean_over_units, spread
+from logitwise.measure.figure import Figure, bootstrap_interval, mean_over_units, spread
 from logitwise.measure.flips import DECIDED, Flips, flips
 
 CONTEXT = 16  # tokens shown before a flipped one
@@ -128,6 +128,7 @@ def answer_findings(
     closes = [thinking_closes(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     thought = [closed for closed in closes if closed is not None]
     differing = [index for index in first if index is not None]
+    looping = [loops(ids) for ids in own.ids]
     return {
         "count": len(first),
         "identical": mean(index is None for index in first),
@@ -135,10 +136,18 @@ def answer_findings(
         "survival": survival(first, max(len(ids) for ids in original.ids)),
         "tokens": {"mean": mean(lengths), "median": median(lengths)},
         "ended": mean(own.ended),
-        "loops": mean(loops(ids) for ids in own.ids),
+        "ended_interval": _paired(own.ended, original.ended),
+        "loops": mean(looping),
+        "loops_interval": _paired(looping, [loops(ids) for ids in original.ids]),
         "repeated": mean(repeated(ids) for ids in own.ids),
         "thinking": {"opened": len(thought), "closed": mean(thought)} if thought else None,
     }
+
+
+def _paired(own: Sequence[bool], original: Sequence[bool]) -> list[float]:
+    """The 95 % interval of how much larger a share of answers is than full precision's to the same prompts."""
+    more = torch.tensor(own, dtype=torch.float64) - torch.tensor(original, dtype=torch.float64)
+    return list(bootstrap_interval(more))
 
 
 def served_findings(served: Served) -> Json:

@@ -11,9 +11,6 @@ Json = dict[str, Any]
 OVERTURNED = 0.01
 """Share of decided tokens that flip that flip, of all, from which a model is said to overturn decisions."""
 
-LESS_ENDING = 0.05
-"""How many fewer answers come to their end before it is called a fault."""
-
 
 def sentences(findings: Json) -> list[str]:
     """The five sentences."""
@@ -137,8 +134,8 @@ def endings(original: Json, ranked: list[Json]) -> str:
 
 def advice(original: Json, ranked: list[Json]) -> str:
     """What to do: use the smallest that is fit, and what to try for those that are not."""
-    fit = [model for model in ranked if not faults(original, model)]
-    unfit = [f"{m['name']} ({listed(faults(original, m))})" for m in ranked if faults(original, m)]
+    fit = [model for model in ranked if not faults(model)]
+    unfit = [f"{m['name']} ({listed(faults(m))})" for m in ranked if faults(m)]
     said = []
     if fit:
         sized = [model for model in fit if model["size"]]
@@ -156,15 +153,17 @@ def advice(original: Json, ranked: list[Json]) -> str:
     return f"What to do: {text}."
 
 
-def faults(original: Json, model: Json) -> list[str]:
+def faults(model: Json) -> list[str]:
     """What speaks against a model, in words; nothing where nothing does."""
     found = []
     if model["tokens"] and model["tokens"]["flips"]["decided"]["mean"] > OVERTURNED:
         found.append("it overturns decisions")
     if model["tasks"] and model["tasks"]["interval"][1] < 0:
         found.append("it solves fewer problems")
-    if model["answers"]["ended"] < original["answers"]["ended"] - LESS_ENDING:
+    if model["answers"]["ended_interval"][1] < 0:
         found.append("fewer of its answers end")
+    if model["answers"]["loops_interval"][0] > 0:
+        found.append("more of them end in a loop")
     if worse(model):
         found.append(f"it is worse at {listed(worse(model))}")
     return found

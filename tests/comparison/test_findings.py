@@ -29,6 +29,7 @@ def test_answers_beside_one_another() -> None:
     assert found["first_different_median"] == 3  # the, space, h | e
     assert found["survival"] == [1, 1, 1, 1, 0.5, 0.5, 0.5]
     assert found["ended"] == 1
+    assert found["ended_interval"] == found["loops_interval"] == [0, 0]
     assert found["thinking"] is None
     first, second = side_by_side(original, [original], [own], ["one", "two"], WORDS)
     assert first["prompt"] == "one"
@@ -40,7 +41,18 @@ def test_answers_beside_one_another() -> None:
 def test_answers_that_loop_and_never_end() -> None:
     found = answer_findings(answers("ha" * 20, ended=False), answers("a net"), ["?"], WORDS)
     assert (found["loops"], found["ended"], found["identical"]) == (1, 0, 0)
+    assert (found["loops_interval"], found["ended_interval"]) == ([1, 1], [-1, -1])
     assert found["repeated"] > 0.9
+
+
+def test_a_difference_of_few_answers_may_be_chance() -> None:
+    """Of 12 answers one less ends, then 7: exact, the chance that no resample draws the one is (11 / 12)^12, .35."""
+    whole, cut = answers("a net"), answers("a net", ended=False)
+    for lost, sure in ((1, False), (7, True)):
+        own = Answers([*cut.ids * lost, *whole.ids * (12 - lost)], [False] * lost + [True] * (12 - lost), [1])
+        low, high = answer_findings(own, Answers(whole.ids * 12, [True] * 12, [1]), ["?"] * 12, WORDS)["ended_interval"]
+        assert low < -lost / 12 < high
+        assert (high < 0) == sure
 
 
 def test_thinking_is_counted_where_it_is_opened() -> None:

@@ -29,7 +29,14 @@ def model(
             "growth": {"first": figure(kl), "second": figure(3 * kl), "difference": figure(2 * kl)},
             "flips": {"share": figure(decided * 3), "decided": figure(decided)},
         },
-        "answers": {"identical": 0.25, "ended": ended, "loops": 0.0 if ended > 0.9 else 0.5, "thinking": None},
+        "answers": {
+            "identical": 0.25,
+            "ended": ended,
+            "ended_interval": [ended - 1.1, ended - 1 + 0.1],
+            "loops": 0.0 if ended > 0.9 else 0.5,
+            "loops_interval": [-0.1, 0.1] if ended > 0.9 else [0.1, 0.7],
+            "thinking": None,
+        },
         "tasks": {
             "problems": 40,
             "accuracy": 0.975 + sum(interval) / 2,
@@ -64,7 +71,10 @@ def test_each_sentence_answers_its_question(findings: dict[str, Any]) -> None:
     assert "come to their end in the tokens allowed: full precision 100 %, w3 100 % and w2 50 %" in whether
     assert "end in a loop: full precision 0 %, w3 0 % and w2 50 %" in whether
     assert do.startswith("What to do: nothing measured here speaks against w3 (2.0 MB)")
-    assert "think twice about w2 (it overturns decisions, it solves fewer problems and fewer of its answers end)" in do
+    assert (
+        "think twice about w2 (it overturns decisions, it solves fewer problems, fewer of its answers end and more of them end in a loop)"
+        in do
+    )
 
 
 def test_the_same_problems_are_said_to_be(findings: dict[str, Any]) -> None:
@@ -85,11 +95,11 @@ def test_damage_that_is_even_is_said_to_be(findings: dict[str, Any]) -> None:
 
 def test_a_difference_by_chance_is_no_fault(findings: dict[str, Any]) -> None:
     original, _, good = findings["models"]
-    assert faults(original, good) == []
+    assert faults(good) == []
     good["tasks"]["interval"] = [-0.2, 0.01]
-    assert faults(original, good) == []
+    assert faults(good) == []
     good["tasks"]["interval"] = [-0.2, -0.01]
-    assert faults(original, good) == ["it solves fewer problems"]
+    assert faults(good) == ["it solves fewer problems"]
 
 
 def test_nothing_fit_is_not_recommended(findings: dict[str, Any]) -> None:
@@ -154,8 +164,8 @@ def test_lm_eval_adds_a_sentence_to_the_second_line(findings: dict[str, Any]) ->
     told = sentences(findings)
     assert len(told) == 5
     assert told[1] == f"{without[1]} By lm_eval's arc_easy, surely worse than full precision: w2 (arc_easy)."
-    assert faults(findings["models"][0], bad)[-1] == "it is worse at arc_easy"
-    assert faults(findings["models"][0], good) == []
+    assert faults(bad)[-1] == "it is worse at arc_easy"
+    assert faults(good) == []
     bad["lm_eval"][0]["metrics"][0]["higher_is_better"] = False
     assert sentences(findings)[1].endswith("By lm_eval's arc_easy, none is surely worse than full precision.")
     good["lm_eval"] = bad["lm_eval"] = None
