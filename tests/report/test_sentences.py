@@ -71,10 +71,10 @@ def test_each_sentence_answers_its_question(findings: dict[str, Any]) -> None:
     assert "come to their end in the tokens allowed: full precision 100 %, w3 100 % and w2 50 %" in whether
     assert "end in a loop: full precision 0 %, w3 0 % and w2 50 %" in whether
     assert do.startswith("What to do: nothing measured here speaks against w3 (2.0 MB)")
-    assert (
-        "think twice about w2 (it overturns decisions, it solves fewer problems, fewer of its answers end and more of them end in a loop)"
-        in do
+    reasons = (
+        "it overturns decisions, it solves fewer problems, fewer of its answers end and more of them end in a loop"
     )
+    assert f"think twice about w2 ({reasons})" in do
 
 
 def test_the_same_problems_are_said_to_be(findings: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def test_damage_that_is_even_is_said_to_be(findings: dict[str, Any]) -> None:
 
 
 def test_a_difference_by_chance_is_no_fault(findings: dict[str, Any]) -> None:
-    original, _, good = findings["models"]
+    good = findings["models"][2]
     assert faults(good) == []
     good["tasks"]["interval"] = [-0.2, 0.01]
     assert faults(good) == []
