@@ -212,9 +212,9 @@ class Data:
         return self.targets[rows].to(self.weights.device)
 
     def some(self, rows: slice) -> "Data":
-        """Some rows alone."""
+        """Some rows alone, on the device."""
         weights, following = self.weights[rows], self.following[rows]
-        return Data(self.inputs[rows], self.targets[rows], weights, following, len(weights), 0, self.ranks)
+        return Data(self.entering(rows), self.leaving(rows), weights, following, len(weights), 0, self.ranks)
 
     def taps(self, rows: slice, student: Float[Tensor, "rows tokens d"], head: Head | None) -> Taps:
         """What an objective sees of some rows."""
