@@ -42,6 +42,15 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def decided_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The same with larger weights: its likeliest tokens are far from the others."""
+    model = random_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    return model
+
+
 def tokenizer(tokens: list[str] = TOKENS) -> PreTrainedTokenizerFast:
     """A byte-level BPE over ASCII."""
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, MERGES))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_server import Engine, serving
-from source_files import llama_config, random_model, save, tokenizer
+from source_files import decided_model, llama_config, save, tokenizer
 from transformers import AutoModelForCausalLM
 
 from logitwise.recipe import Recipe
@@ -24,10 +24,7 @@ ROOT = Path(__file__).parent.parent
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and a text."""
     place = tmp_path_factory.mktemp("place")
-    model = random_model(llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=256))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    model = decided_model(llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=256))
     save(model, place / "model")
     (place / "text.txt").write_text("the hen met the man and the ant ate a net.\n\n" * 80, encoding="utf-8")
     return place

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-import torch
-from source_files import llama_config, random_model, save
+from source_files import decided_model, llama_config, save
 
 from logitwise import cli, demo
 
@@ -13,10 +12,7 @@ from logitwise import cli, demo
 def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What `logitwise demo` prints in a terminal of 80 columns."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "max_position_embeddings": 512}
-    model = random_model(llama_config(**sizes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    model = decided_model(llama_config(**sizes))
     save(model, tmp_path / "tiny")
     monkeypatch.setattr(demo, "smollm2", lambda: tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)

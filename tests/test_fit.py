@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from contextlib import closing
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from logitwise.descent import Schedule
 from logitwise.errors import MachineError
-from logitwise.fit import Data, Fitted, Window, fit, measure, weights_of
+from logitwise.fit import Data, Fitted, Window, batches_of, fit, measure, weights_of
 from logitwise.grid import Grid, Quantized, freeze
 from logitwise.objectives import OBJECTIVES, Objective, Taps
 from logitwise.optimizers import Optimizers, SignSGD, rate_at
@@ -298,6 +300,17 @@ def test_fresh_rows_come_once_after_those_there_are() -> None:
     assert window.batches == [[0, 1], [10, 11], [12, 13], [20, 21]]  # a batch that is not whole is left out
     assert fitted.tokens == 4 * 2 * 2
     assert float(number.p.detach()) == pytest.approx(-0.4)  # nothing is held out: the rate stays as it is
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_steps_rows_are_on_the_device_wherever_they_are_kept(again: bool) -> None:
+    kept, device = torch.zeros(4, 3, 8), torch.device("meta")
+    weights, following = torch.ones(4, 3, device=device), NONE.expand(4, 3).to(device)
+    data = Data(kept, kept.clone(), weights, following, 4, 0)
+    schedule, tokens = Schedule(3, 2, 1, lambda role: learning(), 0), torch.zeros((), dtype=torch.int64, device=device)
+    with closing(batches_of(data, schedule, None if again else iter([data]), tokens)) as batches:
+        for part in islice(batches, 3):  # without `again` the third is one of the fresh ones
+            assert [each.device for each in (part.inputs, part.targets, part.weights, part.following)] == [device] * 4
 
 
 @pytest.mark.parametrize(("checks", "held_out"), [(1, 2), (3, 2), (4, 0)])

@@ -19,7 +19,7 @@ from logitwise.measure.answers import THINK_MARKERS, first_different, loops, pla
 from logitwise.measure.bins import CONFIDENCE_EDGES, growth, in_bins, position_edges
 from logitwise.measure.confidence import calibration, forking, turning_ids
 from logitwise.measure.divergence import Divergence
-from logitwise.measure.figure import Figure, bootstrap_interval, mean_over_units, spread
+from logitwise.measure.figure import Figure, mean_over_units, paired_shares, spread
 from logitwise.measure.flips import DECIDED, Flips, flips
 
 CONTEXT = 16  # tokens shown before a flipped one
@@ -136,18 +136,12 @@ def answer_findings(
         "survival": survival(first, max(len(ids) for ids in original.ids)),
         "tokens": {"mean": mean(lengths), "median": median(lengths)},
         "ended": mean(own.ended),
-        "ended_interval": _paired(own.ended, original.ended),
+        "ended_interval": paired_shares(own.ended, original.ended)[1],
         "loops": mean(looping),
-        "loops_interval": _paired(looping, [loops(ids) for ids in original.ids]),
+        "loops_interval": paired_shares(looping, [loops(ids) for ids in original.ids])[1],
         "repeated": mean(repeated(ids) for ids in own.ids),
         "thinking": {"opened": len(thought), "closed": mean(thought)} if thought else None,
     }
-
-
-def _paired(own: Sequence[bool], original: Sequence[bool]) -> list[float]:
-    """The 95 % interval of how much larger a share of answers is than full precision's to the same prompts."""
-    more = torch.tensor(own, dtype=torch.float64) - torch.tensor(original, dtype=torch.float64)
-    return list(bootstrap_interval(more))
 
 
 def served_findings(served: Served) -> Json:

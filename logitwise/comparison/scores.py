@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from logitwise.comparison.asked import Asked
 from logitwise.comparison.findings import Json, as_json
 from logitwise.comparison.written import Answers
-from logitwise.measure.figure import bootstrap_interval
+from logitwise.measure.figure import paired_shares
 from logitwise.measure.tasks import pass_at_k, right
 
 
@@ -28,15 +28,14 @@ def task_findings(own: Sequence[bool], original: Sequence[bool], seed: int) -> J
         own, original: whether each problem is answered right.
         seed: of the bootstrap.
     """
-    difference = torch.tensor(own, dtype=torch.float64) - torch.tensor(original, dtype=torch.float64)
-    low, high = bootstrap_interval(difference, seed)
+    difference, interval = paired_shares(own, original, seed)
     lost = sum(before and not after for before, after in zip(original, own, strict=True))
     gained = sum(after and not before for before, after in zip(original, own, strict=True))
     found = {
         "problems": len(own),
         "accuracy": mean(own),
-        "difference": float(difference.mean()),
-        "interval": [low, high],
+        "difference": difference,
+        "interval": interval,
         "lost": lost,
         "gained": gained,
     }

@@ -5,6 +5,7 @@ units that were sampled (rows or answers), and the intervals of two models' diff
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,12 @@ def spread(values: Float[Tensor, " tokens"]) -> Spread:
     values = values.double()
     levels = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
     return Spread(float(values.mean()), *torch.quantile(values, levels).tolist())
+
+
+def paired_shares(own: Sequence[bool], original: Sequence[bool], seed: int = 0) -> tuple[float, list[float]]:
+    """How much larger the share of yeses is in `own` than in `original`, asked the same, and its 95 % interval."""
+    more = torch.tensor(own, dtype=torch.float64) - torch.tensor(original, dtype=torch.float64)
+    return float(more.mean()), [*bootstrap_interval(more, seed)]
 
 
 def bootstrap_interval(

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import torch
 from report_findings import findings
-from source_files import llama_config, random_model, save
+from source_files import decided_model, llama_config, random_model, save
 
 import logitwise
 from logitwise.comparison import compare, teacher, written
@@ -26,10 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, the same at 4 and at 2 bits, prompts and problems."""
     place = tmp_path_factory.mktemp("place")
     torch.manual_seed(0)
-    model = random_model(llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=128))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    model = decided_model(llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=128))
     save(model, place / "model")
     for bits in (4, 2):
         recipe = Recipe.load(None, method="rtn", bits=bits, group_size=16)

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import torch
 from fake_server import Engine, serving
-from source_files import llama_config, random_model, save, tokenizer
+from source_files import decided_model, llama_config, save, tokenizer
 
 import logitwise
 from logitwise.comparison import compare, served
@@ -40,10 +40,7 @@ class Ears(Watcher):
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, the same at 3 bits, and prompts."""
     place = tmp_path_factory.mktemp("place")
-    model = random_model(llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=128))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    model = decided_model(llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=128))
     save(model, place / "model")
     logitwise.quantize(place / "model", place / "w3", Recipe.load(None, method="rtn", bits=3, group_size=16))
     (place / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")

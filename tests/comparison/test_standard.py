@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from source_files import llama_config, random_model, save
+from source_files import decided_model, llama_config, save
 from standard_tasks import write_tasks
 
 import logitwise
@@ -55,10 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, the same at 2 bits, and tasks."""
     pytest.importorskip("lm_eval.tasks.manager", reason="lm_eval is not installed")
     place = tmp_path_factory.mktemp("place")
-    model = random_model(llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=128))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    model = decided_model(llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=128))
     save(model, place / "model")
     logitwise.quantize(place / "model", place / "w2", Recipe.load(None, method="rtn", bits=2, group_size=16))
     (place / "prompts.txt").write_text("the hen\nan ant\n", encoding="utf-8")
