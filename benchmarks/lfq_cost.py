@@ -39,6 +39,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         vocab_size=128256,
         depth=32,
     ),
+    "llama-3.1-70b": dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        depth=80,
+    ),
     "toy": dict(
         hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, vocab_size=301, depth=6
     ),

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from logitwise.activations import Streams
+from logitwise.attention import ordered_attention
 from logitwise.carrying import through
 from logitwise.errors import SourceError
 from logitwise.source.base import Source
@@ -247,7 +248,8 @@ class Skeleton:
         self, block: int, weights: Mapping[str, Tensor], hidden: Float[Tensor, "rows tokens d"], call: Call
     ) -> Float[Tensor, "rows tokens d"]:
         """One block's output on `hidden` states, with the given parameters."""
-        output = functional_call(self.blocks[block], dict(weights), (hidden, *call.args), call.kwargs)
+        with ordered_attention():
+            output = functional_call(self.blocks[block], dict(weights), (hidden, *call.args), call.kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
