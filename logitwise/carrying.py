@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import TypeVar
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-Key = TypeVar("Key")
+Which: TypeAlias = slice | Int64[Tensor, " taken"]
+"""Rows of a tensor: those of a slice, or by their numbers."""
 
 UNDER_WAY = 2
 """Batches at most that are on their way back: each takes its size of the GPU's memory and of pinned RAM."""
@@ -30,10 +31,10 @@ class Bus:
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
 
-    def bring(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """What gives these tensors of the RAM on the GPU, to what is computed from then on."""
+    def bring(self, tensors: Sequence[Tensor], rows: Which) -> Callable[[], list[Tensor]]:
+        """What gives these rows of tensors of the RAM on the GPU, to what is computed from then on."""
         with torch.cuda.stream(self.stream):
-            brought = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+            brought = [_pinned(tensor, rows).to(self.device, non_blocking=True) for tensor in tensors]
             there = self._now()
 
         def receive() -> list[Tensor]:
@@ -66,30 +67,33 @@ class Bus:
         return event
 
 
+def _pinned(tensor: Tensor, rows: Which) -> Tensor:
+    """Rows copied once, to memory that torch keeps for the next: new memory takes several times as long as the copy."""
+    count = len(rows) if isinstance(rows, Tensor) else len(range(*rows.indices(len(tensor))))
+    pinned = torch.empty((count, *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+    return torch.index_select(tensor, 0, rows, out=pinned) if isinstance(rows, Tensor) else pinned.copy_(tensor[rows])
+
+
 def bus_between(place: torch.device, device: torch.device) -> Bus | None:
     """The bus that hidden states cross where they are not on the GPU that computes; None where there is none."""
     return Bus(device) if device.type == "cuda" and place.type == "cpu" else None
 
 
 def brought(
-    keys: Iterable[Key], fetch: Callable[[Key], Sequence[Tensor]], bus: Bus | None
-) -> Generator[tuple[Key, Sequence[Tensor]], None, None]:
-    """Each key with what `fetch` gives for it, brought by the bus; then the next is fetched while the last is used.
+    which: Iterable[Which], tensors: Sequence[Tensor], bus: Bus | None
+) -> Generator[tuple[Which, list[Tensor]], None, None]:
+    """Rows of these tensors again and again, brought by the bus: the next are fetched while the last are used.
 
     The first two are fetched when they are asked for, and nothing is under way once the generator is closed: what is
     computed with the first may be recorded as a CUDA graph, while which no other thread may touch the GPU.
     """
     if bus is None:
-        yield from ((key, fetch(key)) for key in keys)
+        yield from ((rows, [tensor[rows] for tensor in tensors]) for rows in which)
         return
-    coming: deque[tuple[Key, Future[Callable[[], list[Tensor]]]]] = deque()
-
-    def bring(key: Key) -> Callable[[], list[Tensor]]:
-        return bus.bring(fetch(key))
-
+    coming: deque[tuple[Which, Future[Callable[[], list[Tensor]]]]] = deque()
     with ThreadPoolExecutor(1) as reader:
-        for count, key in enumerate(keys):
-            coming.append((key, reader.submit(bring, key)))
+        for count, rows in enumerate(which):
+            coming.append((rows, reader.submit(bus.bring, tensors, rows)))
             if count < 2 or len(coming) > 1:
                 first, found = coming.popleft()
                 yield first, found.result()()
@@ -125,6 +129,7 @@ def through(
 ) -> None:
     """`hidden` in place becomes what `run` makes of it on the device, `batch` rows at a time."""
     bus = bus_between(hidden.device, device)
-    with taken_back(bus) as take, closing(brought(hidden.split(batch), lambda part: [part], bus)) as arriving:
+    parts = (slice(start, start + batch) for start in range(0, len(hidden), batch))
+    with taken_back(bus) as take, closing(brought(parts, [hidden], bus)) as arriving:
         for part, (there,) in arriving:
-            take(part, run(there.to(device)))
+            take(hidden[part], run(there.to(device)))

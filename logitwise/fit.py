@@ -245,10 +245,10 @@ def _again_and_again(data: Data, schedule: Schedule) -> Generator[Data, None, No
     device = data.weights.device
     bus = bus_between(data.inputs.device, device)
     of_rows = (rows.to(data.inputs.device) for rows in order)
-    with closing(brought(of_rows, lambda rows: (data.inputs[rows], data.targets[rows]), bus)) as arriving:
+    with closing(brought(of_rows, (data.inputs, data.targets), bus)) as arriving:
         for rows, (inputs, targets) in arriving:
             weights, following = data.weights[rows], data.following[rows]
-            yield Data(inputs.to(device), targets.to(device), weights, following, len(rows), 0, data.ranks)
+            yield Data(inputs.to(device), targets.to(device), weights, following, len(weights), 0, data.ranks)
 
 
 @dataclass(frozen=True)

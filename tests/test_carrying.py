@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logitwise import carrying
-from logitwise.carrying import Bus, brought, bus_between, taken_back, through
+from logitwise.carrying import Bus, Which, brought, bus_between, taken_back, through
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="has no bus to cross")
@@ -21,51 +21,60 @@ class Loopback(Bus):
     def __init__(self) -> None:
         self.brought_by: list[threading.Thread] = []
 
-    def bring(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    def bring(self, tensors: Sequence[Tensor], rows: Which) -> Callable[[], list[Tensor]]:
         self.brought_by.append(threading.current_thread())
-        return lambda: [tensor.clone() for tensor in tensors]
+        return lambda: [tensor[rows].clone() for tensor in tensors]
 
     def send(self, tensor: Tensor) -> Callable[[], Tensor]:
         return tensor.clone
 
 
+class Noted(Loopback):
+    """One that says what it was asked for, by its first row, and cannot reach row 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = [threading.Event() for _ in range(6)]
+
+    def bring(self, tensors: Sequence[Tensor], rows: Which) -> Callable[[], list[Tensor]]:
+        assert isinstance(rows, slice)
+        if rows.start == 3:
+            raise OSError("the disk is gone")
+        self.asked[rows.start].set()
+        return super().bring(tensors, rows)
+
+
+ROWS = torch.arange(20.0).view(10, 2)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
 def test_everything_arrives_in_its_turn(count: int) -> None:
-    bus, rows = Loopback(), torch.arange(20.0).view(10, 2)
+    which: list[Which] = [slice(first, first + 2) if first % 2 else torch.tensor([first, 0]) for first in range(count)]
+    bus = Loopback()
     for by in (None, bus):
-        found = list(brought(iter(range(count)), lambda key: (rows[key],), by))
-        assert [key for key, _ in found] == list(range(count))
-        assert all(torch.equal(there, rows[key]) for key, (there,) in found)
+        found = list(brought(iter(which), [ROWS, -ROWS], by))
+        assert [rows for rows, _ in found] == which
+        assert all(torch.equal(there, ROWS[rows]) and torch.equal(other, -there) for rows, (there, other) in found)
     assert len(bus.brought_by) == count
     assert threading.current_thread() not in bus.brought_by
 
 
-def test_the_next_is_fetched_while_one_is_used_but_not_beside_the_first() -> None:
-    fetched = [threading.Event() for _ in range(6)]
-
-    def fetch(key: int) -> list[Tensor]:
-        fetched[key].set()
-        return [torch.tensor(key)]
-
-    with closing(brought(iter(range(6)), fetch, Loopback())) as arriving:
+def test_the_next_are_fetched_while_some_are_used_but_not_beside_the_first() -> None:
+    bus = Noted()
+    with closing(brought((slice(first, first + 1) for first in (0, 1, 2, 4, 5)), [ROWS], bus)) as arriving:
         next(arriving)
-        assert not fetched[1].wait(0.1)  # what is computed with the first may be being recorded
+        assert not bus.asked[1].wait(0.1)  # what is computed with the first may be being recorded
         next(arriving)
-        assert not fetched[2].wait(0.1)
+        assert not bus.asked[2].wait(0.1)
         next(arriving)
-        assert fetched[3].wait(10)
-        assert not fetched[4].wait(0.1)  # one ahead, no more
+        assert bus.asked[4].wait(10)
+        assert not bus.asked[5].wait(0.1)  # one ahead, no more
     assert not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
 
 
 def test_an_error_of_the_reader_or_the_writer_is_raised() -> None:
-    def fetch(key: int) -> list[Tensor]:
-        if key == 3:
-            raise OSError("the disk is gone")
-        return [torch.tensor(key)]
-
     with pytest.raises(OSError, match="the disk is gone"):
-        list(brought(iter(range(6)), fetch, Loopback()))
+        list(brought((slice(first, first + 1) for first in range(6)), [ROWS], Noted()))
     with pytest.raises(RuntimeError, match="must match"), taken_back(Loopback()) as take:
         take(torch.zeros(3), torch.zeros(2))
 
@@ -101,8 +110,7 @@ def test_a_gpu_computes_the_same_with_rows_from_elsewhere(rows: int, batch: int)
     through(there, run, batch, device)
     through(here, run, batch, device)
     assert torch.equal(here, there.cpu())
-    order = [torch.tensor([row, 0]) for row in range(rows)]
-    bus = bus_between(CPU, device)
-    for key, (part,) in brought(iter(order), lambda key: (hidden[key],), bus):
+    order: list[Which] = [torch.tensor([row, 0]) if row % 2 else slice(row, row + 2) for row in range(rows)]
+    for which, (part,) in brought(iter(order), [hidden], bus_between(CPU, device)):
         assert part.device == device
-        assert torch.equal(part.cpu(), hidden[key])
+        assert torch.equal(part.cpu(), hidden[which])
