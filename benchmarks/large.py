@@ -12,13 +12,16 @@ Arithmetic of a step: a token costs 2 operations for each weight of the block go
 those that read the block's input, which needs no gradient), and 2 d s and 5 d s for causal attention of width d over s
 positions; in the last fit 6 for each weight of the head (the teacher's logits, the student's, the gradient of its
 hidden states). What a quantizer does to a weight is not counted. The card's own rate is that of a product of two
-bfloat16 matrices of 8,192 x 8,192, in the same process.
+bfloat16 matrices of 8,192 x 8,192, in the same process. A digest of the checkpoint tells whether two runs gave the
+same. --compiled compiles as a run over all of a model's blocks does, where these few would not pay for it.
 
 --grow changes one thing at a time (blocks, rows, hidden size, vocabulary) beside one middle shape, in short runs of one
 process, after one that is not counted.
 """
 
 import argparse
+import gc
+import hashlib
 import json
 import subprocess
 import sys
@@ -38,7 +41,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import logitwise
-from logitwise import pipeline, stream
+from logitwise import fused, pipeline, stream
 from logitwise.calibration.rows import Rows
 from logitwise.fit import Window
 from logitwise.recipe import Recipe, parse_settings
@@ -46,10 +49,10 @@ from logitwise.runfolder import RunFolder
 from logitwise.watch import Stage, Watcher
 
 CUDA = torch.cuda.is_available()
-MIDDLE = dict(hidden=2048, blocks=4, rows=64, vocabulary=32768)
+MIDDLE = dict(hidden=2048, blocks=2, rows=64, vocabulary=32768)
 """What `--grow` starts from; heads of 128, an MLP 3.5 times as wide."""
 GROWN: dict[str, list[int]] = {
-    "blocks": [2, 8],
+    "blocks": [4, 8],
     "rows": [32, 128],
     "hidden": [1024, 4096],
     "vocabulary": [8192, 131072],
@@ -68,6 +71,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys, as key=value")
     parser.add_argument("--grow", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
@@ -91,7 +95,8 @@ def main() -> None:
 def of_shape(given: argparse.Namespace) -> dict[str, Any]:
     """The run that is asked for."""
     config = {key: value for key, value in SHAPES[given.shape].items() if key != "depth"}
-    return {"config": {**config, "num_hidden_layers": given.blocks}, "rows": given.rows, "settings": RUN + given.set}
+    about = {"rows": given.rows, "settings": RUN + given.set, "compiled": given.compiled}
+    return {"config": {**config, "num_hidden_layers": given.blocks}, **about}
 
 
 def growth(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -114,7 +119,7 @@ def show(found: dict[str, Any]) -> None:
     """A line, then one for each part."""
     print(
         f"{found['at'] or 'run'}: {found['seconds']:.1f} s, device {found['device_memory'] / 2**30:.2f} GiB, "
-        f"RAM {found['ram'] / 2**30:.2f} GiB, bf16 product {found['rate'] / 1e12:.0f} TFLOP/s"
+        f"RAM {found['ram'] / 2**30:.2f} GiB, bf16 product {found['rate'] / 1e12:.0f} TFLOP/s, {found['digest']}"
     )
     for name, part in found["parts"].items():
         print(f"    {name}: {part:.1f} s")
@@ -129,10 +134,13 @@ def run(
     rows: int,
     settings: list[str],
     folder: str,
+    compiled: bool = False,
     varies: str | None = None,
     at: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """One run, in this process."""
+    if compiled:
+        fused.SECONDS_TO_COMPILE = 0
     made = LlamaConfig(**config, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     model = Path(folder) / "model"
     write_model(made, model)
@@ -144,6 +152,7 @@ def run(
     parts: dict[str, float] = defaultdict(float)
     clock = Clock()
     if CUDA:
+        gc.collect()  # of the run before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with ended_by_device(parts):
@@ -163,6 +172,7 @@ def run(
         "config": config,
         "rows": rows,
         "settings": settings,
+        "compiled": compiled,
         "varies": varies,
         "at": at,
         "seconds": seconds,
@@ -172,6 +182,7 @@ def run(
         "ram": peak_ram(),
         "device_memory": torch.cuda.max_memory_allocated() if CUDA else 0,
         "weights": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        "digest": digest(Path(folder) / "out"),
     }
 
 
@@ -192,6 +203,15 @@ def write_model(config: LlamaConfig, out: Path) -> None:
         save_file({name: source.read(name).cpu() for name in names}, out / f"{shard}.safetensors", {"format": "pt"})
     weight_map = {name: f"{shard}.safetensors" for shard, names in shards.items() for name in names}
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def digest(folder: Path) -> str:
+    """Of a checkpoint's bytes: the same for the same settings, wherever hidden states are kept."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def operations(config: LlamaConfig, recipe: Recipe, last: bool) -> float:

@@ -2,6 +2,7 @@
 
 python benchmarks/pictures.py --out docs/pictures --results docs/results/lfq_variants_w2_h100.json
     --own-text docs/results/own_text_h100.json --methods docs/results/methods_h100.json
+    --growth docs/results/growth_h100.json
 """
 
 import argparse
@@ -41,6 +42,10 @@ METHODS = {
     "gsq": "GSQ, symmetric",
 }
 GRIDS = {"w2g64": "W2 g64", "w3ch": "W3 per channel", "w4ch": "W4 per channel"}
+GROWN = {"blocks": "blocks", "rows": "rows", "hidden": "hidden size", "vocabulary": "tokens of the vocabulary"}
+PARTS = {"steps": "learning", "checking the model, proving the replay": "reading, checking, writing"}
+PARTS |= dict.fromkeys(("reading blocks", "keeping fits", "writing, reading back"), "reading, checking, writing")
+REST = "the rest"
 PLAIN, POLISHED, INK = "#9aa5b1", "#1f77b4", "#30363d"
 
 
@@ -50,6 +55,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, nargs="+", required=True)
     parser.add_argument("--own-text", type=Path, required=True)
     parser.add_argument("--methods", type=Path, required=True)
+    parser.add_argument("--growth", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--grid", default="w2g64")
     given = parser.parse_args()
@@ -61,6 +67,7 @@ def main() -> None:
     )
     factors(own, given.out / "factors.svg")
     methods(json.loads(given.methods.read_text())["results"], given.out / "methods.svg")
+    growth(json.loads(given.growth.read_text())["results"], given.out / "growth.svg")
     path(given.out / "lfq.svg")
 
 
@@ -141,6 +148,27 @@ def methods(results: list[dict], out: Path) -> None:
         axes.tick_params(labelsize=8, which="both")
         axes.spines[["top", "right"]].set_visible(False)
     every[0].set_ylabel("KL to full precision,\nnats a token")
+    every[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, out)
+
+
+def growth(results: list[dict], out: Path) -> None:
+    """The time of a run and its parts, against each thing that was changed beside one middle shape."""
+    middle = results[0]
+    figure, every = plt.subplots(1, len(GROWN), figsize=(11, 2.8), sharey=True)
+    for axes, (name, title) in zip(every, GROWN.items(), strict=True):
+        runs = [middle, *(run for run in results[1:] if run["varies"] == name)]
+        runs.sort(key=lambda run: run["at"][name])
+        bottom = np.zeros(len(runs))
+        for kind, colour in (("learning", POLISHED), ("reading, checking, writing", PLAIN), (REST, "#d7dde3")):
+            parts = [sum(s for part, s in run["parts"].items() if PARTS.get(part, REST) == kind) for run in runs]
+            axes.bar(range(len(runs)), parts, bottom=bottom, width=0.6, color=colour, label=kind)
+            bottom += parts
+        axes.set_xticks(range(len(runs)), [f"{run['at'][name]:,}" for run in runs])
+        axes.set_xlabel(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0].set_ylabel("seconds of a run")
     every[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, out)
 
