@@ -28,7 +28,7 @@ PAUSE = 2.0
 """Seconds before another process than the first says what it refuses: torchrun ends it, where the first has said so."""
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no remarks.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also what each step came to.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also what each fit came to.")]
 Log = Annotated[Path | None, typer.Option("--log", help="Also write progress and remarks to this file.")]
 
 
@@ -292,11 +292,11 @@ def refit(
     polish: Annotated[
         bool | None, typer.Option("--polish/--no-polish", help="Tune the scales of all blocks afterwards.")
     ] = None,
-    polish_steps: Annotated[int | None, typer.Option(help="Optimiser steps of the polish (60).")] = None,
+    polish_steps: Annotated[int | None, typer.Option(help="Optimiser steps of the polish (40).")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="self, self:PROMPTS, server:URL, text:FILE, jsonl:FILE or hf:NAME.")
     ] = None,
-    rows: Annotated[int | None, typer.Option(help="Calibration rows (128).")] = None,
+    rows: Annotated[int | None, typer.Option(help="Calibration rows (96).")] = None,
     row_tokens: Annotated[int | None, typer.Option(help="Tokens a row (256).")] = None,
     held_out: Annotated[int | None, typer.Option(help="Rows that choose the iterate and the verdict (32).")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of the final blocks (100).")] = None,

@@ -188,7 +188,7 @@ def _check(recipe: Recipe, rows: Rows | None) -> None:
         check_spec(recipe.calibration)
         if recipe.held_out_rows == 0:
             raise CalibrationError(
-                "no rows are held out", "they decide whether a refit is better", "give --held-out 32"
+                "no rows are held out", "they decide whether a refit is better", "give --held-out 16"
             )
 
 
