@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -29,13 +30,22 @@ class _Ordered(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        # The fused kernels alone are one node: where attention is written out, all its operations are ordered.
-        if func is scaled_dot_product_attention and out.grad_fn and out.grad_fn.name().startswith("ScaledDotProduct"):
+        if func is scaled_dot_product_attention and (kernel := _kernel(out.grad_fn)):
             warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-            out.grad_fn.register_prehook(lambda _: _warn_only(False))
-            out.grad_fn.register_hook(lambda *_: _warn_only(warn_only))
+            kernel.register_prehook(lambda _: warn_strictly(True))
+            kernel.register_hook(lambda *_: warn_strictly(not warn_only))
         return out
 
 
-def _warn_only(warn_only: bool) -> None:
-    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled(), warn_only=warn_only)
+def _kernel(node: Node | None) -> Node | None:
+    """The node of a fused kernel; none where attention is written out, of which all operations are ordered.
+
+    What a kernel gives is cut where the heads' size is no multiple of 8.
+    """
+    before = node.next_functions[0][0] if node and node.next_functions else None
+    return next((one for one in (node, before) if one and one.name().startswith("ScaledDotProduct")), None)
+
+
+def warn_strictly(strictly: bool) -> None:
+    """Whether torch refuses operations that are not deterministic, where it is to avoid them, or warns of them."""
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled(), warn_only=not strictly)

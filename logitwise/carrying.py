@@ -29,10 +29,12 @@ class Bus:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)
+        self.device = self.stream.device
 
     def bring(self, tensors: Sequence[Tensor], rows: Which) -> Callable[[], list[Tensor]]:
         """What gives these rows of tensors of the RAM on the GPU, to what is computed from then on."""
+        torch.cuda.set_device(self.device)  # of a new thread it is the first GPU, which is another rank's
         with torch.cuda.stream(self.stream):
             brought = [_pinned(tensor, rows).to(self.device, non_blocking=True) for tensor in tensors]
             there = self._now()

@@ -1,7 +1,8 @@
 """The loop that learns: steps, rates, held-out checks, and which iterate is kept. Knows nothing of what is learned."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -74,7 +75,7 @@ class Halfway:
 
 def descend(
     parameters: Sequence[tuple[str, nn.Parameter]],
-    batches: Iterator[Batch],
+    batches: Callable[[int], Generator[Batch, None, None]],
     learn: Callable[[int, Batch], Tensor],
     measure: Callable[[], float] | None,
     check: Callable[[], None],
@@ -88,7 +89,7 @@ def descend(
 
     Args:
         parameters: each with its role.
-        batches: what each step learns from, without end; where it goes on, those of the steps done are passed over.
+        batches: what each step learns from, without end, those of the steps that are done passed over.
         learn: of a step's number and batch, the loss; its gradient is left in the parameters.
         measure: what the parameters are worth on held-out rows, less being better; None where there are none.
         check: raises where a parameter is no longer a number.
@@ -113,41 +114,40 @@ def descend(
         with torch.no_grad():
             for index, (_, parameter) in enumerate(parameters):
                 parameter.copy_(tensors[f"parameter {index}"])
-        for _ in range(step):
-            next(batches)
         stage.advance(units * step)
         asked = step
         del resumed, tensors  # as much memory as the fit itself
-    while True:
-        if (step in checks or step == steps) and step != asked:
-            check()
-            if measure is not None:
-                held_out.append((step, measure()))
-                if schedule.choose == "held_out":
-                    best.offer(*held_out[-1])
-                if schedule.until_flat and falls == schedule.steps and is_flat([value for _, value in held_out]):
-                    flat = step
-        if schedule.until_flat and falls == schedule.steps and (flat is not None or step >= 0.8 * steps):
-            falls, steps = step, min(steps, step + max(1, step // 4))
-        if step == steps:
-            break
-        if halfway is not None and step in checks and step not in (0, asked) and halfway.due():
-            now = {f"parameter {index}": parameter.detach() for index, (_, parameter) in enumerate(parameters)}
-            now |= {"losses": _stacked(losses)} | best.tensors() | optimizers.tensors()
-            figures = {"step": step, "steps": steps, "falls": falls, "flat": flat, "held_out": held_out}
-            halfway.save(now, figures | {"best": [best.step, best.value]})
-        loss = learn(step, next(batches))
-        if schedule.choose == "batch":
-            best.offer(step, loss.item())
-        if schedule.until_flat:
-            share = min(1.0, (steps - step) / max(1, steps - falls))
-            optimizers.step(partial(held_rate, steps=schedule.steps, share=share))
-        else:
-            optimizers.step(partial(rate_at, step=step, steps=steps))
-        after_step()
-        losses.append(loss.detach())
-        step += 1
-        stage.advance(units)
+    with closing(batches(step)) as arriving:
+        while True:
+            if (step in checks or step == steps) and step != asked:
+                check()
+                if measure is not None:
+                    held_out.append((step, measure()))
+                    if schedule.choose == "held_out":
+                        best.offer(*held_out[-1])
+                    if schedule.until_flat and falls == schedule.steps and is_flat([value for _, value in held_out]):
+                        flat = step
+            if schedule.until_flat and falls == schedule.steps and (flat is not None or step >= 0.8 * steps):
+                falls, steps = step, min(steps, step + max(1, step // 4))
+            if step == steps:
+                break
+            if halfway is not None and step in checks and step not in (0, asked) and halfway.due():
+                now = {f"parameter {index}": parameter.detach() for index, (_, parameter) in enumerate(parameters)}
+                now |= {"losses": _stacked(losses)} | best.tensors() | optimizers.tensors()
+                figures = {"step": step, "steps": steps, "falls": falls, "flat": flat, "held_out": held_out}
+                halfway.save(now, figures | {"best": [best.step, best.value]})
+            loss = learn(step, next(arriving))
+            if schedule.choose == "batch":
+                best.offer(step, loss.item())
+            if schedule.until_flat:
+                share = min(1.0, (steps - step) / max(1, steps - falls))
+                optimizers.step(partial(held_rate, steps=schedule.steps, share=share))
+            else:
+                optimizers.step(partial(rate_at, step=step, steps=steps))
+            after_step()
+            losses.append(loss.detach())
+            step += 1
+            stage.advance(units)
     best.restore()
     found = _stacked(losses).tolist() if losses else []
     return Course(found, held_out, step if best.step is None else best.step, flat)

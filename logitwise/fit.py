@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from copy import copy
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from jaxtyping import Float, Int64
@@ -222,26 +222,31 @@ class Data:
 
 
 def batches_of(
-    data: Data, schedule: Schedule, fresh: Iterator[Data] | None, tokens: Int64[Tensor, ""]
+    data: Data, schedule: Schedule, fresh: Iterator[Data] | None, tokens: Int64[Tensor, ""], done: int = 0
 ) -> Generator[Data, None, None]:
-    """For each step its rows, on the device: those there are again and again, or once and then fresh ones.
+    """For each step after those `done` its rows, on the device: those there are again and again, or once, then fresh.
 
-    `tokens` grows by the counted positions of each that is taken. Nothing is under way once the generator is closed.
+    `tokens` grows by the counted positions of each that is taken or passed over. Nothing is under way once the
+    generator is closed.
     """
     size = schedule.batch
     if fresh is None:
-        taken = _again_and_again(data, schedule)
+        order = row_order(data.train, size, schedule.seed + data.ranks.rank)
+        for rows in islice(order, done):  # nothing of them is brought to the device
+            tokens.add_((data.weights[rows] > 0).sum())
+        taken = _brought(data, order)
     else:
         starts = ((part, start) for part in chain([data], fresh) for start in range(0, part.train - size + 1, size))
         taken = (part.some(slice(start, start + size)) for part, start in starts)
+        for part in islice(taken, done):
+            tokens.add_((part.weights > 0).sum())
     with closing(taken):
         for part in taken:
             tokens.add_((part.weights > 0).sum())
             yield part
 
 
-def _again_and_again(data: Data, schedule: Schedule) -> Generator[Data, None, None]:
-    order = row_order(data.train, schedule.batch, schedule.seed + data.ranks.rank)
+def _brought(data: Data, order: Iterator[Tensor]) -> Generator[Data, None, None]:
     device = data.weights.device
     bus = bus_between(data.inputs.device, device)
     of_rows = (rows.to(data.inputs.device) for rows in order)
@@ -304,19 +309,18 @@ def fit(
         for quantizer in own.values():
             quantizer.after_step()
 
-    with closing(batches_of(data, schedule, fresh, tokens)) as batches:
-        course = descend(
-            parameters,
-            batches,
-            learn,
-            measure_held_out if data.held_out else None,
-            lambda: _refuse(learner.first_of_all(_no_number(own))),
-            schedule,
-            stage,
-            units,
-            after_step,
-            learner.halfway(halfway),
-        )
+    course = descend(
+        parameters,
+        lambda done: batches_of(data, schedule, fresh, tokens, done),
+        learn,
+        measure_held_out if data.held_out else None,
+        lambda: _refuse(learner.first_of_all(_no_number(own))),
+        schedule,
+        stage,
+        units,
+        after_step,
+        learner.halfway(halfway),
+    )
     learner.finish()
     return Fitted(
         {slot: quantizer.freeze() for slot, quantizer in quantizers.items()},
@@ -326,7 +330,7 @@ def fit(
 
 
 def _learner(window: Window, quantizers: dict[Slot, Quantizer], ranks: Ranks) -> Alone:
-    if ranks.world == 1:
+    if ranks.world == 1 or not any(quantizer.groups() for quantizer in quantizers.values()):  # nothing is learned
         return Alone(quantizers, window.learn(quantizers), weights_of)
     return Shared(quantizers, ranks, window.through, window.weights_of, window.skeleton.dtype)
 

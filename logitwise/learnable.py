@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from logitwise.attention import warn_strictly
 from logitwise.memory import free_memory
 
 RECORDED_WEIGHTS = 1 << 27
@@ -117,9 +118,12 @@ class LearnableBlocks:
         # PyTorch 2.10 and later warn that gradients are added up on the stream of the recording; they are waited for.
         if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         try:
-            with torch.cuda.device(hidden.device):
+            # The stream is put back here: a recording that fails leaves its own.
+            with torch.cuda.device(hidden.device), torch.cuda.stream(torch.cuda.current_stream(hidden.device)):
                 made = torch.cuda.make_graphed_callables(copies, tuple(samples), allow_unused_input=True)
             self._recorded = cast(tuple[Callable[..., Tensor], ...], made)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()  # the blocks are run again instead
+        except RuntimeError:  # no memory, or a forward that waits for the GPU: the blocks are run instead
+            warn_strictly(not warn_only)
+            torch.cuda.empty_cache()

@@ -1,21 +1,47 @@
 """How much memory a device has left, and what is said where it was not enough."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import torch
 
 from logitwise.errors import MachineError
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+"""Where Linux says what a container may have (control groups, version 2)."""
+
 
 def free_memory(device: torch.device) -> int:
     """Bytes that a device could still give; of a GPU, what torch keeps for later is given back first."""
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        host = psutil.virtual_memory()
+        return int(min(host.available, *(most - used for most, used in _limits())))
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return free
+
+
+def total_memory() -> int:
+    """Bytes of RAM that this process may come to have."""
+    return int(min(psutil.virtual_memory().total, *(most for most, _ in _limits())))
+
+
+def _limits() -> list[tuple[int, int]]:
+    """Of each group that this process is in, how much its processes may have and how much of it is not to be had."""
+    found = [(sys.maxsize, 0)]
+    with suppress(OSError, ValueError, IndexError):
+        own = Path("/proc/self/cgroup").read_text("utf-8").rpartition("0::")[2].splitlines()[0].strip("/")
+        for folder in [CONTROL_GROUPS / own, *(CONTROL_GROUPS / own).parents]:
+            if (folder / "memory.max").is_file() and (
+                most := (folder / "memory.max").read_text("utf-8").strip()
+            ) != "max":
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text("utf-8").splitlines())
+                used = int((folder / "memory.current").read_text("utf-8")) - int(stat["inactive_file"])
+                found.append((int(most), used))  # files that were read and are not in use make room
+    return found
 
 
 SAID = ("can't allocate memory", "Cannot allocate memory", "out of memory")

@@ -21,7 +21,7 @@ from logitwise.calibration import split as split_spec
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
 from logitwise.machine import repeatable
-from logitwise.memory import free_memory
+from logitwise.memory import free_memory, total_memory
 from logitwise.preflight import Outline, outline
 from logitwise.probe import OfWindow, bytes_of_streams, of_forward, of_text, of_window
 from logitwise.quantizers import INFORMED, QUANTIZERS
@@ -148,6 +148,8 @@ def _measured(
     learns, depth = QUANTIZERS[recipe.method].learns, len(outlined.skeleton)
     rows, held = recipe.most_rows, recipe.held_out_rows
     all_rows, of_writing, notes = rows + held, 0, list[str]()
+    if recipe.polish:  # whose rows may be more
+        all_rows = max(all_rows, (recipe.polish_rows or 0) + held)
     if not learns:
         all_rows = all_rows if recipe.start in INFORMED or recipe.polish else 0
         recipe = recipe.but(objective="mse", steps=0, steps_last=0)
@@ -197,12 +199,16 @@ def _measured(
     seconds["writing and reading back"] = 2 * weights_bytes * 0.3 / READING
     notes += ["the time of --target-bits is not in it"] if recipe.target_bits is not None else []
     notes += ["the time of rewrites is not in it"] if recipe.rewrites else []
+    notes += ["the stages of a block are taken for one fit: it takes longer"] if recipe.block_stages else []
+    writes_on = recipe.fresh_last or (recipe.polish and recipe.polish_fresh)
+    notes += ["the time of text that is written while blocks are learned is not in it"] if writes_on else []
     of_streams = bytes_of_streams(recipe, outlined.skeleton, all_rows)
     where = choose_place(recipe.streams, of_streams, device).value
     there = dict.fromkeys(("device", "cpu", "disk"), 0) | {where: of_streams}
     tried = [(largest, usual), *([(refits[0], last)] if last else [])]
     long = [one for step, one in tried if step.steps * one.step > SECONDS]
     on_disk = there["disk"] + STATE * max((one.learned for one in long), default=0)
+    of_fits += of_writing if writes_on else 0  # the whole model is there beside them
     peak = max(of_writing, of_fits + there["device"])
     if device.type == "cuda":
         return seconds, peak, psutil.Process().memory_info().rss + there["cpu"], on_disk, notes
@@ -238,7 +244,7 @@ def _unmet(
     """Why the run does not fit on this machine, with what would help."""
     unmet = []
     there = next(parent for parent in [place, *place.parents] if parent.exists())
-    room, total = psutil.disk_usage(str(there)).free, psutil.virtual_memory().total
+    room, total = psutil.disk_usage(str(there)).free, total_memory()
     less = "fewer --rows, shorter --row-tokens, or a smaller --batch"
     less += ", or fewer --final-blocks" if recipe.final_blocks != 1 else ""
     if disk > room:

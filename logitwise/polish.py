@@ -7,7 +7,6 @@ the full-precision model's distribution. How it goes backward through all blocks
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -208,17 +207,16 @@ class Polish:
         arriving = None if fresh is None else (self._pass(rows, calls) for rows in fresh)
         learnable, parameters = self._learnable(calls), list(self._parameters())
         tokens = torch.zeros((), dtype=torch.int64, device=self.skeleton.device)
-        with closing(batches_of(data, schedule, arriving, tokens)) as batches:
-            course = descend(
-                parameters,
-                batches,
-                lambda step, part: self._learn(part, learnable),
-                (lambda: self._measure(data, calls)) if self.held_out else None,
-                lambda: _refuse_not_a_number(parameters),
-                schedule,
-                stage,
-                halfway=halfway,
-            )
+        course = descend(
+            parameters,
+            lambda done: batches_of(data, schedule, arriving, tokens, done),
+            lambda step, part: self._learn(part, learnable),
+            (lambda: self._measure(data, calls)) if self.held_out else None,
+            lambda: _refuse_not_a_number(parameters),
+            schedule,
+            stage,
+            halfway=halfway,
+        )
         (learned,) = map(int, self.ranks.total(int(tokens)))
         return Polished(*self._outcome(), course.losses, course.held_out, course.kept, learned, course.flat)
 

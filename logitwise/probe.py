@@ -147,19 +147,23 @@ class _Trial:
 
 def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], rows: int) -> OfWindow:
     """What one window takes; on `rows` rows at most, and at least those of a step."""
-    trial = _Trial(_skeleton(source, recipe), recipe, step, rows)
-    device = trial.skeleton.device
+    skeleton = _skeleton(source, recipe)
+    device = skeleton.device
     with _peak(device) as peak:
+        trial = _Trial(skeleton, recipe, step, rows)
         opening = _seconds(device, lambda: trial.open(kept))
         if not step.steps:
             return OfWindow(opening, 0.0, 0.0, peak(), 0)
+        trial.learn(2)  # kernels are loaded and compiled once
         few = _seconds(device, lambda: trial.learn(2))
         more = max(1, min(MOST_STEPS, int(LONG_ENOUGH / (few / 2))))
         many = _seconds(device, lambda: trial.learn(2 + more))
+        trial.ask()
         asked = _seconds(device, trial.ask)
+    each = (many - few) / more if many > few else many / (2 + more)
     groups = [group for quantizer in trial.quantizers.values() for group in quantizer.groups().values()]
     learned = sum(parameter.numel() for group in groups for parameter in group)
-    return OfWindow(opening, max(0.0, many - few) / more, asked / step.batch, peak(), learned)
+    return OfWindow(opening, each, asked / step.batch, peak(), learned)
 
 
 def try_memory(skeleton: Skeleton, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], streams: int) -> None:

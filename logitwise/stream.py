@@ -36,6 +36,17 @@ from logitwise.watch import Stage, Watcher
 from logitwise.windows import Step, made_by_mse
 
 
+def compiles(skeleton: Skeleton, steps: list[Step]) -> bool:
+    """Whether a run of these steps is faster with compiled weights, which is the same where it is resumed."""
+    matrices = weights = 0  # how often one is learned from in all steps
+    for step in steps:
+        for block in step.blocks:
+            for slot in skeleton.slots(block):
+                matrices += step.steps
+                weights += step.steps * slot.out_features * slot.in_features
+    return skeleton.device.type == "cuda" and pays(matrices, weights)
+
+
 class Walk:
     """Fits the windows that the run folder does not have yet.
 
@@ -70,7 +81,7 @@ class Walk:
     def run(self, steps: list[Step], watcher: Watcher) -> None:
         """Fits every step that is not finished; afterwards the run folder has them all."""
         missing = [step for step in steps if not self.folder.has(step.key)]
-        compiled = self.skeleton.device.type == "cuda" and pays(*self._learned(steps))
+        compiled = compiles(self.skeleton, steps)
         if not missing:
             watcher.say(f"all {len(steps)} fits were finished before")
             return
@@ -100,8 +111,8 @@ class Walk:
                     window.advance(student, weights, self.at_once, range(block, block + 1))
                 if behind <= fork:
                     at_fork = student
+                del window, quantized, weights  # before the next are there
             student = at_fork  # those at the end are not read any more
-            del window, quantized, weights
             made = made_by_mse(steps)
             for step, following in zip_longest(refits, refits[1:]):
                 window = Window(self.skeleton, step.blocks, calls, self.kept, compiled)
@@ -231,16 +242,6 @@ class Walk:
                     weights[slot.key] = slot.put(codes.dequantize().to(self.skeleton.dtype))
                 self.skeleton.advance(block, weights, student, call, self.at_once)
         return Data(student, teacher, rows.weights.to(device), rows.following.to(device), len(rows), 0, self.ranks)
-
-    def _learned(self, steps: list[Step]) -> tuple[int, int]:
-        """How often a matrix is learned from in all steps, and how often a weight; the same when a run is resumed."""
-        matrices = weights = 0
-        for step in steps:
-            for block in step.blocks:
-                for slot in self.skeleton.slots(block):
-                    matrices += step.steps
-                    weights += step.steps * slot.out_features * slot.in_features
-        return matrices, weights
 
     def _cost_of_a_step(self, step: Step) -> float:
         return step.batch * 3e-6 * self._parameters(step)

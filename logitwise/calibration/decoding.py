@@ -7,6 +7,7 @@ import inspect
 import math
 from dataclasses import dataclass
 from typing import cast
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int64
@@ -39,6 +40,10 @@ LIVE_SHARE = 0.75  # below this share of unfinished answers the cache is compact
 RECORDED_CACHE_STEP, RECORDED_LIVE_SHARE = 256, 0.5  # the same where each change of shape is recorded again
 
 
+UNRECORDED: WeakSet[PreTrainedModel] = WeakSet()
+"""Models whose step could not be recorded: it is not tried again."""
+
+
 class Decoder:
     """A model with its key-value cache.
 
@@ -59,7 +64,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, tokens: int, most: int) -> None:
         self.model, self.most = model, most
-        self.records = model.device.type == "cuda"
+        self.records = model.device.type == "cuda" and model not in UNRECORDED
         self.live_share = RECORDED_LIVE_SHARE if self.records else LIVE_SHARE
         self.capacity = self._room_for(tokens)
         self._layers = [StaticLayer(self.capacity) for _ in range(_layers(model.config))]
@@ -108,11 +113,14 @@ class Decoder:
     def _record(self, ids: Tensor, mask: Tensor, positions: Tensor) -> _Recording | None:
         """The step as a graph; recording runs nothing. None, and no more tries, where the model does not allow it."""
         graph, ids, positions = torch.cuda.CUDAGraph(), ids.clone(), positions.clone()
+        # The stream is put back here: a recording that fails leaves its own.
+        here, back = torch.cuda.device(ids.device), torch.cuda.stream(torch.cuda.current_stream(ids.device))
         try:
-            with torch.cuda.device(ids.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with here, back, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = self._run(ids, mask, positions)
         except RuntimeError:
             self.records = False
+            UNRECORDED.add(self.model)
             return None
         return _Recording(graph, ids, positions, logits)
 
