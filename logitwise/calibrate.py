@@ -11,7 +11,7 @@ from logitwise.calibration import file_digest, prepare, writes
 from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError
 from logitwise.recipe import Recipe
-from logitwise.runfolder import RunFolder, chain
+from logitwise.runfolder import FIRST_ROW, RunFolder, chain
 from logitwise.skeleton import Skeleton, load_whole
 from logitwise.unfinished import batches
 from logitwise.watch import Watcher
@@ -104,4 +104,4 @@ def _make_rows(skeleton: Skeleton, recipe: Recipe, most: int, key: str, folder: 
         torch.cuda.empty_cache()
     counts = {**made.counts, "seconds": round(time.monotonic() - began), "first": made.first_row_text}
     folder.save_rows(key, made.rows, made.held_out, counts)
-    folder.note("first_row.txt", made.first_row_text)
+    folder.note(FIRST_ROW, made.first_row_text)

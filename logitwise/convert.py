@@ -63,7 +63,7 @@ def export(
     its grids or the model; then the formats that do are named.
     """
     out = Path(out)
-    check_output(out, overwrite)
+    check_output(out, overwrite, checkpoint)
     if format not in FORMATS:
         raise FormatError(
             f"there is no format {format}", f"those there are: {', '.join(FORMATS)}", "choose one of them"

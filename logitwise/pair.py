@@ -16,7 +16,15 @@ from torch import Tensor
 from logitwise.errors import SourceError
 from logitwise.grid import Quantized
 from logitwise.skeleton import Skeleton, Slot
-from logitwise.source import QuantizedSource, Source, check_tokenizer, check_weights, open_source, open_stored
+from logitwise.source import (
+    QuantizedSource,
+    Source,
+    check_tokenizer,
+    check_weights,
+    fingerprint,
+    open_source,
+    open_stored,
+)
 from logitwise.watch import Watcher
 
 LEAST_COSINE = 0.5
@@ -36,7 +44,7 @@ class Pair:
         teacher: those of the original.
         slots: every quantized slot.
         rescaled: those whose weight was rescaled before it was quantized.
-        digest: of the weights of both.
+        digests: of the weights of the original, and of the checkpoint.
     """
 
     checkpoint: QuantizedSource
@@ -44,7 +52,7 @@ class Pair:
     teacher: Skeleton
     slots: list[Slot]
     rescaled: set[Slot] = field(default_factory=set)
-    digest: str = ""
+    digests: tuple[str, ...] = ()
 
     @cached_property
     def _quantized(self) -> set[str]:
@@ -53,6 +61,11 @@ class Pair:
     def kept(self, slot: Slot) -> bool:
         """Whether a slot is in full precision in the checkpoint."""
         return slot.name not in self._quantized
+
+    def fingerprints(self) -> list[str]:
+        """Hashes of everything of the two that decides a result."""
+        both = (self.teacher.source, self.checkpoint)
+        return [fingerprint(source, digest) for source, digest in zip(both, self.digests, strict=True)]
 
     def stored(self, slot: Slot) -> Quantized:
         """What the checkpoint has for a slot."""
@@ -94,7 +107,7 @@ def open_pair(
         raise SourceError(f"{checkpoint} has no quantized block", "no layer of its blocks has codes", "give another")
     pair = Pair(quantized, student, teacher, slots)
     with watcher.stage("Comparing both models", 2 * len(source.names()) + len(slots)) as stage:
-        digest = " ".join(check_weights(one, lambda done, total: stage.advance()) for one in (source, quantized))
+        digests = [check_weights(one, lambda done, total: stage.advance()) for one in (source, quantized)]
         rescaled = set()
         for slot in slots:
             stored, weight = pair.stored(slot).dequantize(), pair.target(slot)
@@ -118,7 +131,7 @@ def open_pair(
             f"{len(rescaled)} of {len(slots)} layers were rescaled before they were quantized ({example}, ...): they "
             "are fitted from their own weights, with the original as teacher"
         )
-    return Pair(quantized, student, teacher, slots, rescaled, digest)
+    return Pair(quantized, student, teacher, slots, rescaled, tuple(digests))
 
 
 def check_shapes(model: Source, reference: Source) -> None:

@@ -32,9 +32,10 @@ from logitwise.ranks import joined
 from logitwise.recipe import Choice, Recipe
 from logitwise.rewrites import READ_INPUTS
 from logitwise.rewriting import rewritten_job
-from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain
+from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain, run_folder_of
 from logitwise.skeleton import Slot, load_whole
-from logitwise.stream import Walk
+from logitwise.source import fingerprint
+from logitwise.stream import Walk, compiles
 from logitwise.unfinished import batches, halfway
 from logitwise.watch import SILENT, Watcher
 from logitwise.windows import NUMERICS, Step, made_by_mse, plan_steps
@@ -128,12 +129,13 @@ def quantize(
         if dropped := [fate.tensor for fate in job.fates if fate.fate == "dropped"]:
             names = ", ".join(dropped[:3]) + (", ..." if len(dropped) > 3 else "")
             watcher.say(f"left out, since the model has no place for them: {len(dropped)} tensors ({names})")
-        folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"), watcher, ranks)
+        folder = RunFolder(Path(run_folder) if run_folder else run_folder_of(out), watcher, ranks)
         running.enter_context(folder.alone())
         if fresh:
             folder.empty()
         settings = {name: job.choices[name].value for name in ("device", "compute_dtype")}
-        root = chain("logitwise", model=job.digest, versions=versions(), numerics=NUMERICS, **settings)
+        model_found = fingerprint(job.source, job.digest)
+        root = chain("logitwise", model=model_found, versions=versions(), numerics=NUMERICS, **settings)
         ranks.refuse_others(root)
         data = rows_of_run(job.skeleton, recipe, rows, folder, root, watcher) if reads else None
         if data and any(0 < len(part) < ranks.world for part in (data.train, data.held_out)):
@@ -213,6 +215,8 @@ def _fit(
         return chain(data.train[:count].digest(), held_out=data.held_out.digest())
 
     steps = plan_steps(recipe, len(job.skeleton), root, digest, most)
+    if compiles(job.skeleton, steps):  # which may differ in the last bit
+        steps = plan_steps(recipe, len(job.skeleton), chain(root, compiled=True), digest, most)
     batch = recipe.batch_last or recipe.batch
     fresh = _fresh(job, recipe, batch, folder, steps[-1].key) if recipe.fresh_last else None
     held_out = ranks.count(len(data.held_out))

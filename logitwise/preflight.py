@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from logitwise.audit import Fate, audit, keeper
-from logitwise.calibration import check_spec, writes
+from logitwise.calibration import check_spec, file_of, writes
 from logitwise.errors import FormatError, RecipeError, SourceError
 from logitwise.formats import FORMATS, Described, Format, choose
 from logitwise.formats.checkpoint import check_output
@@ -100,7 +100,7 @@ def check(
 
     Errors: InputError.
     """
-    check_output(out, overwrite)
+    check_output(out, overwrite, model, file_of(recipe.calibration))
     outlined = outline(model, recipe, reads_text, revision)
     source, skeleton, kept = outlined.source, outlined.skeleton, outlined.kept
     with watcher.stage("Checking weights", len(source.names())) as stage:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from logitwise.calibrate import RunRows, rows_of_run
-from logitwise.calibration import check_spec
+from logitwise.calibration import check_spec, file_of
 from logitwise.calibration.rows import Rows
 from logitwise.descent import Schedule
 from logitwise.errors import CalibrationError, MachineError, RecipeError, UnmetError
@@ -35,7 +35,7 @@ from logitwise.polish import POLISHED, Polish
 from logitwise.preflight import check_settings
 from logitwise.quantizers import Reopened
 from logitwise.recipe import REFIT, Recipe
-from logitwise.runfolder import RunFolder, chain
+from logitwise.runfolder import RunFolder, chain, run_folder_of
 from logitwise.skeleton import Slot
 from logitwise.source import open_stored
 from logitwise.unfinished import halfway
@@ -108,19 +108,19 @@ def refit(
     written. MachineError where the machine fails, to be resumed.
     """
     recipe, out, began = recipe or Recipe.load(REFIT), Path(out), time.monotonic()
-    check_output(out, overwrite)
+    check_output(out, overwrite, checkpoint, original, file_of(recipe.calibration))
     _check(recipe, rows)
     with repeatable(), ExitStack() as running:
         choices = choose_machine(recipe)
         device, dtype = torch.device(choices["device"].value), getattr(torch, choices["compute_dtype"].value)
         pair = open_pair(checkpoint, original, revision, device, dtype, watcher)
         check_windows(recipe, len(pair.student))
-        folder = RunFolder(Path(run_folder) if run_folder else out.with_name(f"{out.name}.run"), watcher)
+        folder = RunFolder(Path(run_folder) if run_folder else run_folder_of(out), watcher)
         running.enter_context(folder.alone())
         if fresh:
             folder.empty()
         machine = {name: choice.value for name, choice in choices.items()}
-        root = chain("refit", pair=pair.digest, versions=versions(), numerics=NUMERICS, **machine)
+        root = chain("refit", pair=pair.fingerprints(), versions=versions(), numerics=NUMERICS, **machine)
         data = rows_of_run(pair.teacher, recipe, rows, folder, root, watcher)
         changed, key = _final_blocks(pair, recipe, data, folder, root, watcher)
         if recipe.polish:
@@ -144,7 +144,7 @@ def refit(
                     f"give more rows or steps, more --final-blocks or --polish; {folder.path} has what is finished",
                 )
             report = {
-                "original": {"name": original_source.name, "sha256": pair.digest.split()[0]},
+                "original": {"name": original_source.name, "sha256": pair.digests[0]},
                 "recipe": recipe.model_dump(include=set(READ)),
                 "choices": {name: vars(choice) for name, choice in choices.items()},
                 "calibration": data.counts,

@@ -9,7 +9,7 @@ What there is of an unfinished part (unfinished.py) has keys that begin with the
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -35,12 +35,22 @@ POLISH_FIGURES = ("losses", "held_out", "kept", "tokens", "flat")
 """What the record of a polish holds."""
 
 LOCK = "lock"
+FIRST_ROW = "first_row.txt"
+
+OWN = re.compile(rf"[0-9a-f]{{32}}(-[a-z]+-\w+)?\.(json|safetensors|partial)|.+\.stream|{re.escape(FIRST_ROW)}")
+"""Files of a run by their names: no other is ever removed."""
 
 
 def chain(previous: str, **settings: Any) -> str:
     """The key of what follows `previous` under `settings` (JSON values)."""
     text = json.dumps([previous, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def run_folder_of(out: Path) -> Path:
+    """Where the run folder of an OUT is: the same whichever link OUT is named by, so that its lock is the same."""
+    out = out.resolve()
+    return out.with_name(f"{out.name}.run")
 
 
 class RunFolder:
@@ -252,15 +262,20 @@ class RunFolder:
         """Removes everything that is finished."""
         self._whole.clear()
         with self.ranks.first_alone() as mine:
-            for file in self.path.glob("*") if mine else ():
-                if file.name != LOCK:
-                    file.unlink()
+            for file in self._own() if mine else ():
+                file.unlink()
 
     def remove(self) -> None:
-        """The folder and everything in it."""
+        """Everything of the run, and the folder, where nothing else is in it."""
         self._whole.clear()
         if self.ranks.first:
-            shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):
+                for file in [*self._own(), self.path / LOCK]:
+                    file.unlink(missing_ok=True)
+                self.path.rmdir()
+
+    def _own(self) -> list[Path]:
+        return [file for file in self.path.glob("*") if OWN.fullmatch(file.name)]
 
     def _make(self) -> None:
         try:

@@ -247,9 +247,14 @@ def split(spec: str) -> tuple[str, str]:
     return kind, rest
 
 
+def file_of(spec: str) -> Path:
+    """The file that a spec names, where it names one."""
+    return Path(spec.partition(":")[2])
+
+
 def file_digest(spec: str) -> str | None:
     """A hash of what the file that a spec names holds; None where it names none."""
-    file = Path(split(spec)[1])
+    file = file_of(spec)
     if not file.is_file():
         return None
     with file.open("rb") as opened:

@@ -56,6 +56,7 @@ class Rows:
         """A hash of everything in them."""
         found = hashlib.sha256()
         for tensor in (self.ids, self.following, self.weights):
+            found.update(str(tuple(tensor.shape)).encode())
             found.update(tensor.cpu().contiguous().numpy().tobytes())
         return found.hexdigest()[:32]
 

@@ -7,14 +7,24 @@ from pathlib import Path
 
 from logitwise.comparison.served import Served, open_served
 from logitwise.errors import SourceError
+from logitwise.machine import versions
 from logitwise.pair import check_shapes, check_vocabulary
-from logitwise.source import QuantizedSource, Source, check_tokenizer, check_weights, open_source, open_stored
+from logitwise.runfolder import chain
+from logitwise.source import (
+    QuantizedSource,
+    Source,
+    check_tokenizer,
+    check_weights,
+    fingerprint,
+    open_source,
+    open_stored,
+)
 from logitwise.watch import Watcher
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model with its name in the report and the fingerprint of its weights."""
+    """A model with its name in the report and a hash of all that decides its answers, versions included."""
 
     name: str
     source: Source
@@ -46,7 +56,9 @@ def open_candidates(
         check_vocabulary(source, reference)
     served = [open_served(server, reference.tokenizer(), watcher) for server in servers]
     with watcher.stage("Reading the models", sum(len(source.names()) for source in sources)) as stage:
-        digests = [check_weights(source, lambda done, total: stage.advance()) for source in sources]
+        weights = [check_weights(source, lambda done, total: stage.advance()) for source in sources]
+    by = versions()
+    digests = [chain(fingerprint(source, found), versions=by) for source, found in zip(sources, weights, strict=True)]
     own_names = names([original, *quantized, *(f"{one.name} at {one.address}" for one in served)], [*sources, *served])
     stored = [Candidate(*parts) for parts in zip(own_names, sources, digests, strict=False)]
     renamed = [replace(one, name=name) for one, name in zip(served, own_names[len(sources) :], strict=True)]

@@ -5,13 +5,14 @@ import glob
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -139,7 +140,8 @@ def write_config(
         keys: where loaders look for what the format says.
     """
     content = json.loads(config.to_json_string())
-    for key in ("quantization_config", "quantization"):  # of a checkpoint that is exported in another format
+    # What a checkpoint said that is exported in another format, and code that is not carried, since it is never run.
+    for key in ("quantization_config", "quantization", "auto_map"):
         content.pop(key, None)
     dtype_name = str(dtype).removeprefix("torch.")
     content |= {"dtype": dtype_name, "torch_dtype": dtype_name, **dict.fromkeys(keys, quantization_config)}
@@ -167,15 +169,24 @@ def legacy_rope(rope: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_output(out: Path, overwrite: bool) -> None:
+def check_output(out: Path, overwrite: bool, *read: str | Path) -> None:
     """Refuses a place where a result cannot go, before any work; writes nothing.
 
+    Args:
+        out: the place.
+        overwrite: whether it may hold something.
+        read: what the work reads, hub ids among it: OUT would take the place of what is inside it.
+
     Errors: OutputError where OUT is a file, holds something (without `overwrite`), is or contains the working
-    directory, or where it could not be created.
+    directory or what is read, or where it could not be created.
     """
     out = out.resolve()
     try:
         _refuse_unusable(out, overwrite)
+        for each in map(Path, read):
+            if each.exists() and each.resolve().is_relative_to(out):
+                why = f"{each} is read, and would be removed with what OUT holds"
+                raise OutputError(f"{out} cannot be the output", why, "give another OUT")
     except OSError as error:
         raise OutputError(f"{out} cannot be used", str(error), "give another OUT") from error
 
@@ -204,17 +215,19 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
     """
     check_output(out, overwrite)
     out = out.resolve()
-    staging = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    staging = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
+    lock = _lock(staging)
     _sweep(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=1)  # before the folder is there: who finds the folder unlocked finds it abandoned
         staging.mkdir()
     except OSError as error:
+        _release(lock)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "make room, and run the same command again: finished blocks are kept"
             raise MachineError(f"{staging} cannot be created", str(error), remedy) from error
-        remedy = "where another run is not writing it, remove it; else give another OUT"
-        raise OutputError(f"{staging} cannot be created", str(error), remedy) from error
+        raise OutputError(f"{staging} cannot be created", str(error), "give another OUT") from error
     try:
         with writing(out):
             yield staging
@@ -222,20 +235,38 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
             _take_place(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        _release(lock)
+
+
+def _lock(staging: Path) -> FileLock:
+    """What the process that writes a staging folder holds: by its number it may be another's in another container."""
+    return FileLock(staging.with_name(f"{staging.name}.lock"))
+
+
+def _release(lock: FileLock) -> None:
+    with suppress(OSError):
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def _sweep(out: Path) -> None:
     """Removes what processes that were killed have left beside OUT, but not the only whole checkpoint there is."""
-    for kind in ("tmp", "old") if out.exists() else ("tmp",):
-        for folder in out.parent.glob(f"{glob.escape(out.name)}.{kind}-*"):
-            process = folder.name.rpartition("-")[2]
-            if process.isdecimal() and not psutil.pid_exists(int(process)):
-                shutil.rmtree(folder, ignore_errors=True)
+    beside = f"{glob.escape(out.name)}."
+    for left in {
+        file.with_suffix("") if file.suffix == ".lock" else file for file in out.parent.glob(f"{beside}tmp-*")
+    }:
+        lock = _lock(left)
+        with suppress(Timeout, OSError):
+            lock.acquire(timeout=0)
+            shutil.rmtree(left, ignore_errors=True)
+            _release(lock)
+    for left in out.parent.glob(f"{beside}old-*") if out.exists() else ():
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _take_place(staging: Path, out: Path) -> None:
     """Renames a complete folder to OUT; what was there is moved aside first and removed last."""
-    former = out.with_name(f"{out.name}.old-{os.getpid()}")
+    former = staging.with_name(staging.name.replace(".tmp-", ".old-"))
     if not out.exists():
         staging.rename(out)
         _sweep(out)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from logitwise.errors import SourceError
 from logitwise.source.base import QuantizedSource, Source
-from logitwise.source.check import check_tokenizer, check_weights
+from logitwise.source.check import check_tokenizer, check_weights, fingerprint
 from logitwise.source.folder import FolderSource
 from logitwise.source.gguf import GgufSource
 from logitwise.source.hub import fetch
@@ -19,6 +19,7 @@ __all__ = [
     "Source",
     "check_tokenizer",
     "check_weights",
+    "fingerprint",
     "open_source",
     "open_stored",
 ]

@@ -1,9 +1,11 @@
 """Checks of a source before any work: its numbers and its tokenizer."""
 
 import hashlib
+import json
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from logitwise.errors import SourceError
 from logitwise.source.base import Source
@@ -38,6 +40,27 @@ def check_weights(source: Source, progress: Callable[[int, int], None] | None = 
         if progress is not None:
             progress(done, len(names))
     return digest.hexdigest()
+
+
+def fingerprint(source: Source, weights: str) -> str:
+    """A hash of everything of a model that decides a result.
+
+    Args:
+        source: the model.
+        weights: `check_weights` of it.
+    """
+    config = source.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    ends = [file.read_text("utf-8") for file in source.extra_files() if file.name == "generation_config.json"]
+    found = [weights, config, _content(source.tokenizer()), ends]
+    return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _content(tokenizer: PreTrainedTokenizerBase) -> list[object]:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    splits = fast.to_str() if fast else sorted(tokenizer.get_vocab().items())
+    return [splits, tokenizer.special_tokens_map, tokenizer.chat_template]
 
 
 def check_tokenizer(source: Source) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,12 +196,32 @@ def test_staged_does_not_replace_what_appeared_meanwhile(tmp_path: Path):
     assert left_beside(out) == []
 
 
-def test_staged_spares_the_staging_folder_of_another(tmp_path: Path):
-    other = tmp_path / f"out.tmp-{os.getpid()}"
-    other.mkdir()
-    with pytest.raises(OutputError, match=r"cannot be created\n.*\n.*another run"), staged(tmp_path / "out", False):
-        pass
-    assert other.is_dir()
+def test_staged_spares_the_staging_folder_of_another_at_work_and_removes_what_others_left(tmp_path: Path):
+    out = tmp_path / "out"
+    for left in (f"out.tmp-{os.getpid()}", "out.tmp-1", "out.old-1", "out.tmp-12345678"):
+        (tmp_path / left).mkdir()  # a number is no sign of life: in a container processes have the same one again
+    (tmp_path / "out.tmp-12345678.lock").touch()
+    (tmp_path / "out.tmp-abandoned.lock").touch()
+    with staged(out, False) as other:
+        (other / "a").write_text("its own")
+        with staged(out, False) as folder:
+            (folder / "a").write_text("new")
+        assert (other / "a").read_text() == "its own"
+        shutil.rmtree(out)
+    assert (out / "a").read_text() == "its own"
+    assert left_beside(out) == []
+
+
+@pytest.mark.parametrize("inside", ["model", "model/deep/file.jsonl"])
+def test_output_does_not_take_the_place_of_what_is_read(inside: str, tmp_path: Path):
+    read = tmp_path / inside
+    read.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for out in (tmp_path / "model", tmp_path / "link", tmp_path / "no" / ".." / "model"):
+        with pytest.raises(OutputError, match=r"cannot be the output\n.*is read, and would be removed"):
+            check_output(out, True, "org/name", read)
+    check_output(tmp_path / "model" / "deep" / "out", True, tmp_path / "model")
+    check_output(tmp_path / "mode", True, read)
 
 
 def test_output_is_refused_up_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
