@@ -194,14 +194,17 @@ def evaluate(
     with _watching(quiet, verbose, log) as watcher:
         from logitwise.evaluation import evaluate as run
         from logitwise.report.figures import show_evaluation
+        from logitwise.report.files import check_place, write_whole
 
+        if json_file is not None:
+            check_place(json_file, "--json")
         spec = f"text:{text}" if text is not None else f"jsonl:{jsonl}"
         found = run(
             model, text=spec, reference=reference, rows=rows, row_tokens=row_tokens, device=device, watcher=watcher
         )
         show_evaluation(Console(), found)
         if json_file is not None:
-            json_file.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
+            write_whole(json_file, json.dumps(found.as_json(), indent=2) + "\n")
 
 
 @app.command()
@@ -389,6 +392,7 @@ def _watching(quiet: bool, verbose: bool, log: Path | None, many: bool = False) 
     import transformers
 
     from logitwise.memory import enough_memory
+    from logitwise.report.files import check_place
     from logitwise.report.terminal import TerminalWatcher, Together
 
     transformers.utils.logging.set_verbosity_error()
@@ -401,6 +405,7 @@ def _watching(quiet: bool, verbose: bool, log: Path | None, many: bool = False) 
         if log is None or rank():
             yield terminal
             return
+        check_place(log, "--log")
         file = open_now.enter_context(log.open("w", encoding="utf-8"))
         yield Together(terminal, TerminalWatcher(Console(file=file, width=120), verbose=True))
 

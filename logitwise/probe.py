@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from logitwise.calibration import ANSWER_TOKENS
 from logitwise.calibration.generate import write_answers
 from logitwise.calibration.prompts import shipped_prompts
 from logitwise.descent import Schedule
@@ -27,6 +28,7 @@ from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Recipe
 from logitwise.skeleton import Skeleton, Slot, load_whole
 from logitwise.source import Source
+from logitwise.stages import parts_of
 from logitwise.watch import Stage
 from logitwise.windows import Step, final_blocks
 
@@ -182,11 +184,13 @@ def try_memory(skeleton: Skeleton, recipe: Recipe, step: Step, kept: Callable[[S
 
 
 def bytes_of_streams(recipe: Recipe, skeleton: Skeleton, rows: int) -> int:
-    """What the activations of so many rows take: the teacher's, the student's, and those at the fork."""
-    config = skeleton.model.config.get_text_config()
+    """What the activations of so many rows take: of teacher and student, at the fork, and inside a block."""
+    width = skeleton.model.config.get_text_config().hidden_size
     at_fork = final_blocks(recipe, len(skeleton)) > 1 or recipe.teacher_last == "quantized"
-    numbers = (2 + at_fork) * rows * recipe.row_tokens * config.hidden_size
-    return int(numbers * skeleton.dtype.itemsize)
+    parts = parts_of(recipe.block_stages, skeleton.slots(0), lambda slot: False)
+    outputs = {slot.key.removesuffix(".weight"): slot.out_features for slot in skeleton.slots(0)}
+    inside = max((sum(outputs.get(end, width) for end in part.ends) for part in parts), default=0)
+    return int(((2 + at_fork) * width + inside) * rows * recipe.row_tokens * skeleton.dtype.itemsize)
 
 
 def of_forward(source: Source, recipe: Recipe, rows: int) -> float:
@@ -207,7 +211,12 @@ def of_text(source: Source, recipe: Recipe, batch: int, depth: int) -> OfText:
     few, many = (_writing(MadeUp(source, count), recipe, batch) for count in (1, blocks))
     more = (depth - 1) / max(1, blocks - 1)
     token = few.token + more * max(0.0, many.token - few.token)
-    return OfText(token, int(few.peak + more * max(0, many.peak - few.peak)))
+    config = source.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cache = 2 * heads * width * depth * getattr(torch, recipe.compute_dtype).itemsize  # keys and values of a token
+    longer = batch * (ANSWER_TOKENS - WRITTEN) * cache
+    return OfText(token, int(few.peak + more * max(0, many.peak - few.peak)) + longer)
 
 
 def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:

@@ -208,7 +208,7 @@ class Recipe(_Frozen):
     polish_rows: int | None = Field(None, ge=1, description="calibration rows of the polish; None: all there are")
     polish_fresh: bool = Field(False, description="write new rows while the polish goes on, until held-out KL is flat")
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**62)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type blocks are computed in")
     streams: Literal["auto", "device", "cpu", "disk"] = Field(

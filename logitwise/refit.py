@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitwise.calibrate import RunRows, rows_of_run
+from logitwise.calibrate import RunRows, rows_of_run, split
 from logitwise.calibration import check_spec, file_of
 from logitwise.calibration.rows import Rows
 from logitwise.descent import Schedule
@@ -184,12 +184,12 @@ def _check(recipe: Recipe, rows: Rows | None) -> None:
             f"choose {', '.join(name for name, one in OBJECTIVES.items() if one.reads_head)}",
         )
     check_settings(recipe)
+    if recipe.held_out_rows == 0:
+        raise CalibrationError("no rows are held out", "they decide whether a refit is better", "give --held-out 16")
     if rows is None:
         check_spec(recipe.calibration)
-        if recipe.held_out_rows == 0:
-            raise CalibrationError(
-                "no rows are held out", "they decide whether a refit is better", "give --held-out 16"
-            )
+    else:
+        split(rows, recipe)
 
 
 def _final_blocks(

@@ -122,7 +122,7 @@ class Sensitivity:
                 worth = 1 - float(cosine_similarity(before.float(), hidden.float(), dim=-1).mean())
             else:
                 outside = sum(int((w > w.mean() + w.std()).sum()) for w in matrices)
-                worth = 1 - outside / sum(w.numel() for w in matrices)
+                worth = 1 - outside / max(1, sum(w.numel() for w in matrices))
             for one in groups:
                 share = sum(slot.out_features * slot.in_features for slot in one.slots)
                 one.loss.update({bits: worth * share * 4.0**-bits for bits in one.stored})

@@ -153,6 +153,7 @@ def fit_parts(
         again = replace(schedule, until_flat=False)
         found.append(fit(ending, own, objective, None, inside, again, stage, units(part)))
         student = student.fixing({slot: q.dequantize() for slot, q in found[-1].quantized.items()})
+        del targets, inside  # before the next are there
     return found
 
 

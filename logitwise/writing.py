@@ -1,7 +1,6 @@
 """Writes a checkpoint: of what a run made, or of another checkpoint in another format. Read back before it appears."""
 
 import hashlib
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitwise.errors import MachineError
+from logitwise.errors import MachineError, SourceError
 from logitwise.formats import Described, Format
 from logitwise.formats.checkpoint import staged, write_json
 from logitwise.grid import Grid, Quantized
@@ -22,6 +21,7 @@ from logitwise.preflight import Job
 from logitwise.runpage import run_page
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedSource, Source
+from logitwise.source.outside import read_json
 from logitwise.source.quantized import open_folder
 from logitwise.watch import Watcher
 
@@ -200,6 +200,21 @@ def write_model_files(staging: Path, source: Source, skeleton: Skeleton) -> None
 
 
 def read_report(folder: Path, name: str = REPORT) -> dict[str, Any] | None:
-    """What logitwise wrote about a checkpoint, or about its refit; None where it did neither."""
+    """What logitwise wrote about a checkpoint, or about its refit; None where it did neither.
+
+    Errors: SourceError where the file is not what logitwise writes.
+    """
     path = folder / name
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    report = read_json(path)
+    try:
+        if name == REPORT:
+            model_card(report), run_page(report)
+        else:
+            [float(report[which]["kl"]["mean"]) for which in ("before", "after")]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        remedy = "remove it: the weights are read all the same"
+        raise SourceError(f"{path} is not as logitwise writes it", why, remedy) from error
+    return report

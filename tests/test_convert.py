@@ -1,5 +1,6 @@
 """A checkpoint in another format is the same model; what is written is read back before it appears."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,20 @@ def test_a_checkpoint_that_nobody_reported_on_is_exported_too(checkpoint: Path, 
     logitwise.export(tmp_path / "one", tmp_path / "two", "compressed-tensors")
     same(checkpoint, tmp_path / "two")
     assert not (tmp_path / "two" / "logitwise.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", "\xff", '{"model": 5}', "[" * 100_000])
+@pytest.mark.parametrize("name", ["logitwise.json", "refit.json"])
+def test_what_only_looks_like_a_report_is_refused(name: str, content: str, checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    (copy / name).write_text(content, encoding="latin-1")
+    with pytest.raises(SourceError, match=f"{name} is not(?s:.*)  do:"):
+        inspect(copy)
+    if name == "logitwise.json":
+        with pytest.raises(SourceError, match=f"{name} is not(?s:.*)  do:"):
+            logitwise.export(copy, tmp_path / "out", "gptq")
+        assert sorted(place.name for place in tmp_path.iterdir()) == ["copy"]
 
 
 def test_refusals_before_anything_is_written(

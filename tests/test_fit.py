@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from logitwise.descent import Schedule
 from logitwise.errors import MachineError
-from logitwise.fit import Data, Fitted, Window, batches_of, fit, measure, weights_of
+from logitwise.fit import Data, Fitted, Window, _learner, batches_of, fit, measure, weights_of
 from logitwise.grid import Grid, Quantized, freeze
 from logitwise.objectives import OBJECTIVES, Objective, Taps
 from logitwise.optimizers import Optimizers, SignSGD, rate_at
 from logitwise.quantizers import QUANTIZERS, STARTS, Quantizer, Role, Start
+from logitwise.ranks import Ranks
 from logitwise.recipe import Learning, Recipe
+from logitwise.sharing import Alone
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.watch import Stage
 
@@ -311,6 +313,29 @@ def test_a_steps_rows_are_on_the_device_wherever_they_are_kept(again: bool) -> N
     with closing(batches_of(data, schedule, None if again else iter([data]), tokens)) as batches:
         for part in islice(batches, 3):  # without `again` the third is one of the fresh ones
             assert [each.device for each in (part.inputs, part.targets, part.weights, part.following)] == [device] * 4
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("done", [0, 1, 5])
+def test_batches_go_on_after_those_of_the_steps_that_are_done(again: bool, done: int) -> None:
+    rows = torch.arange(40.0).view(40, 1, 1)
+    data = Data(rows, -rows, torch.ones(40, 1), NONE.expand(40, 1), 36, 4)
+    schedule = Schedule(8, 3, 1, lambda role: learning(), 0)
+
+    def batches(done: int, count: int) -> tuple[list[list[float]], int]:
+        tokens = torch.zeros((), dtype=torch.int64)
+        fresh = None if again else iter([data])
+        with closing(batches_of(data, schedule, fresh, tokens, done)) as found:
+            return [part.inputs.flatten().tolist() for part in islice(found, count)], int(tokens)
+
+    whole, tokens = batches(0, 8)
+    assert batches(done, 8 - done) == (whole[done:], tokens)
+
+
+def test_ranks_do_not_share_what_learns_nothing(skeleton: Skeleton) -> None:
+    window = last_window(skeleton)
+    made = window.quantizers(QUANTIZERS["rtn"], lambda _: GRID, STARTS["minmax"])
+    assert type(_learner(window, made, Ranks(0, 2))) is Alone
 
 
 @pytest.mark.parametrize(("checks", "held_out"), [(1, 2), (3, 2), (4, 0)])

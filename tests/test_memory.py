@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+import psutil
 import pytest
 import torch
 from source_files import llama_config, random_model, save
 
+from logitwise import memory
 from logitwise.errors import MachineError
-from logitwise.memory import enough_memory
+from logitwise.memory import enough_memory, free_memory, total_memory
 
 MEASURE = """
 import ctypes, json, sys, torch
@@ -78,6 +80,22 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path, text: Path) -> None:
     assert mean(after[-6:-1]) - mean(after[5:10]) < 13 * block * 0.25
     # The polish holds the scales of all blocks, with moments; of their weights it holds one block's.
     assert peak - fitted < DEPTH * block * 0.25
+
+
+def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip().strip("/")
+    inner = tmp_path / own
+    inner.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path)
+    host = psutil.virtual_memory().total
+    assert total_memory() == host
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\n")
+    assert total_memory() == 1000
+    assert free_memory(torch.device("cpu")) == 650
+    (tmp_path / "memory.max").write_text("max\n")
+    assert total_memory() == host
 
 
 @pytest.mark.parametrize(

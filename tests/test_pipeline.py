@@ -23,7 +23,7 @@ from logitwise.fit import Data, fit
 from logitwise.objectives.lfq import LogitAware
 from logitwise.polish import Polish
 from logitwise.quantizers import INFORMED
-from logitwise.runfolder import RunFolder
+from logitwise.runfolder import RunFolder, run_folder_of
 from logitwise.skeleton import Skeleton
 from logitwise.source import open_source
 from logitwise.stream import Walk
@@ -109,6 +109,39 @@ def test_a_second_run_with_the_same_out_is_refused(folder: Path, text: Path, tmp
         assert not out.exists()
     logitwise.quantize(folder, out, recipe(text, method="rtn", objective="mse"))
     assert not of_another.path.exists()
+
+
+def test_nothing_is_removed_from_a_run_folder_that_is_not_of_a_run(folder: Path, text: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "deep").mkdir(parents=True)
+    for name in ("thesis.tex", "deep/notes.json", "weights.safetensors"):
+        (mine / name).write_text(name)
+    for fresh in (False, True):
+        asked = recipe(text, method="rtn", objective="mse")
+        logitwise.quantize(folder, tmp_path / f"out {fresh}", asked, fresh=fresh, run_folder=mine)
+        assert sorted(str(file.relative_to(mine)) for file in mine.rglob("*") if file.is_file()) == [
+            "deep/notes.json",
+            "thesis.tex",
+            "weights.safetensors",
+        ]
+
+
+def test_a_run_folder_is_the_same_by_whichever_link_out_is_named(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert run_folder_of(tmp_path / "link") == run_folder_of(tmp_path / "real") == tmp_path / "real.run"
+
+
+def test_a_mended_tokenizer_begins_the_run_anew(folder: Path, text: Path, tmp_path: Path) -> None:
+    model, run, heard, again = tmp_path / "model", tmp_path / "run", Listener(), Listener()
+    shutil.copytree(folder, model)
+    logitwise.quantize(model, tmp_path / "one", recipe(text), keep_run=True, run_folder=run)
+    logitwise.quantize(model, tmp_path / "again", recipe(text), keep_run=True, run_folder=run, watcher=again)
+    assert any("finished before" in sentence for sentence in again.said)
+    settings = json.loads((model / "tokenizer_config.json").read_text("utf-8"))
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }}"}))
+    logitwise.quantize(model, tmp_path / "two", recipe(text), run_folder=run, watcher=heard)
+    assert not any("finished before" in sentence for sentence in heard.said)
 
 
 def test_a_run_that_is_refused_late_leaves_no_folder(folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Plans: sizes as they come to be, nothing read of the weights, and what does not fit or cannot be shared is said."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -11,12 +13,13 @@ from test_pipeline import TINY, folder, recipe, text  # noqa: F401
 from typer.testing import CliRunner
 
 import logitwise
-from logitwise import planning
+from logitwise import planning, probe
 from logitwise.cli import app
 from logitwise.errors import RecipeError
 from logitwise.planning import Plan
 from logitwise.probe import MadeUp, OfText, OfWindow
 from logitwise.source import open_source
+from logitwise.windows import plan_steps
 
 RTN = {"method": "rtn", "objective": "mse"}
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}
@@ -76,6 +79,26 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     assert seconds["fitting the final blocks by lfq"] == 3e3 + 6 * 5e5 + 3 * 8 * 7e6 + 2 * 8 * 7e6
     block, head = 1e4 / 4, 5e5 / 4 - 1e4 / 4
     assert seconds["polishing"] == pytest.approx(5 * 2 * (2 * block + head) + 2 * (32 + 2 * 8 * 3))
+
+
+def test_a_step_takes_time_however_long_the_first_took(
+    folder: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU the first loads and compiles its kernels."""
+    waits = iter([0.3])
+
+    def slow_first(*given: Any, **more: Any) -> Any:
+        time.sleep(next(waits, 0.0))
+        return true_fit(*given, **more)
+
+    true_fit = probe.fit
+    monkeypatch.setattr(probe, "fit", slow_first)
+    asked, source = recipe(text, device="cpu", compute_dtype="float32"), open_source(folder)
+    step = plan_steps(asked, 2, "plan")[0]
+    found = probe.of_window(source, asked, step, lambda slot: False, 4)
+    assert 0 < found.step < 0.1
 
 
 def test_made_up_weights_have_the_shapes_and_are_the_same_each_time(folder: Path) -> None:  # noqa: F811

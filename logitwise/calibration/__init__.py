@@ -218,7 +218,7 @@ def fresh_rows(
     separator, pending = separator_of(tokenizer), list[Document]()
     for part in count(after + 1, every):
         tokens = (rows + 1) * row_tokens
-        own = (seed + 1) * 1_000_003 + part
+        own = ((seed + 1) * 1_000_003 + part) % 2**62
         pending += documents_of(
             spec, tokenizer, model_loader, tokens=tokens, seed=own, temperature=temperature, keep=keep
         )

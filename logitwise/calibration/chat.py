@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from logitwise.calibration.rows import Document
 from logitwise.errors import CalibrationError
+
+MOST_CHARACTERS = 1 << 22  # of a document, which is tokenized at once: about a million tokens
 
 Message = dict[str, str]
 """One turn: `role` and `content`."""
@@ -26,6 +27,16 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) ->
     return ids
 
 
+def check_length(text: str, place: str) -> None:
+    """Errors: CalibrationError, naming the place, where a text is too long to be tokenized at once."""
+    if len(text) > MOST_CHARACTERS:
+        raise CalibrationError(
+            f"{place} is too long",
+            f"it has {len(text)} characters; at most {MOST_CHARACTERS} make one document",
+            "break it into shorter ones",
+        )
+
+
 def templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, opened: bool) -> str:
     """A conversation as text; `opened`: up to where the assistant's next turn begins.
 
@@ -39,10 +50,11 @@ def templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *
         )
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
-    except (TemplateError, TypeError) as error:
-        raise CalibrationError(
-            "the chat template refuses the conversation", str(error), "use the roles and the order that it knows"
-        ) from error
+    except Exception as error:  # a template from outside may do anything that Jinja's sandbox allows
+        why = str(error) or type(error).__name__
+        remedy = "use the roles and the order that it knows"
+        raise CalibrationError("the chat template refuses the conversation", why, remedy) from error
+    check_length(str(text), "what the chat template makes of a conversation")
     return str(text)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from openai import OpenAI
     from openai.types import Model
 
+SEE_TO_IT = "see to the server and run the same command again"
+
 AT_ONCE = 32
 """Requests under way at a time; the server batches them."""
 
@@ -89,9 +91,14 @@ def ask_answers(
         number, prompt = numbered
         reply = client.completions.create(
             model=model, prompt=prompt, max_tokens=answer_tokens, temperature=temperature, seed=seed + number
-        ).choices[0]
-        ids = text_ids(tokenizer, reply.text, special=False)
-        if reply.finish_reason == "stop" and tokenizer.eos_token_id is not None:
+        )
+        if not reply.choices or not isinstance(reply.choices[0].text, str):
+            raise MachineError(
+                f"the server at {url} gave no answer", f"its reply was {reply.to_json()[:200]}", SEE_TO_IT
+            )
+        (answer, *_) = reply.choices
+        ids = text_ids(tokenizer, answer.text, special=False)
+        if answer.finish_reason == "stop" and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         return ids
 
@@ -115,7 +122,7 @@ def ask_answers(
         raise MachineError(
             f"the server at {url} stopped answering after {len(documents)} answers",
             str(error),
-            "see to the server and run the same command again",
+            SEE_TO_IT,
         ) from error
     return documents
 

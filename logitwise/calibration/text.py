@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from logitwise.calibration.chat import text_ids
+from logitwise.calibration.chat import check_length, text_ids
 from logitwise.calibration.rows import Document
 from logitwise.errors import CalibrationError
 
@@ -15,7 +15,6 @@ DOCUMENT_TOKENS = 300  # passages are merged up to this length, so that some doc
 
 
 MOST_BYTES = 1 << 28  # of a file, which is read whole; a calibration needs some megabytes of text
-MOST_CHARACTERS = 1 << 22  # of a document, which is tokenized at once: about a million tokens
 
 
 def read_utf8(path: Path) -> str:
@@ -65,16 +64,6 @@ def lines_of_file(path: Path) -> Iterator[tuple[str, str]]:
             place = f"{path}, line {number}"
             check_length(line, place)
             yield place, line
-
-
-def check_length(text: str, place: str) -> None:
-    """Errors: CalibrationError, naming the place, where a text is too long to be tokenized at once."""
-    if len(text) > MOST_CHARACTERS:
-        raise CalibrationError(
-            f"{place} is too long",
-            f"it has {len(text)} characters; at most {MOST_CHARACTERS} make one document",
-            "break it into shorter ones",
-        )
 
 
 def parse(line: str) -> object:

@@ -12,7 +12,6 @@ later and vLLM read it; up to 0.17.1 that package left bits unused in each word 
 version, so the reader tells the two apart by the number of words and refuses the older.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from operator import itemgetter
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from logitwise.errors import FormatError
-from logitwise.formats.checks import expect, name_of, nothing_left, refusal, take, take_scale, unread
+from logitwise.formats.checks import compiled, expect, name_of, nothing_left, refusal, take, take_scale, unread
 from logitwise.formats.packing import WORD, pack_codes, unpack_codes, words_of
 from logitwise.formats.safetensors import SafetensorsFormat
 from logitwise.grid import Grid, Quantized
@@ -152,14 +151,14 @@ class CompressedTensors(SafetensorsFormat):
         if len(grids) == 1:
             (only,) = grids.values()
             return lambda module: only
-        targets = [(target, grids[name]) for name, scheme in groups.items() for target in scheme.get("targets", ())]
+        targets = [(target, grids[name]) for name, scheme in groups.items() for target in _targets(scheme)]
 
         def grid_of(module: str) -> Grid:
             def rank(target: str) -> int | None:
                 if target == module:
                     return 0
                 if target.startswith("re:"):
-                    return 1 if re.match(target.removeprefix("re:"), module) else None
+                    return 1 if compiled("targets", target.removeprefix("re:")).match(module) else None
                 return 2 if target == "Linear" else None
 
             found = [(place, grid) for target, grid in targets if (place := rank(target)) is not None]
@@ -203,6 +202,14 @@ class CompressedTensors(SafetensorsFormat):
         if reason is not None:
             raise FormatError("this quantization_config is not read", reason, "check its config_groups")
         return grid
+
+
+def _targets(scheme: dict[str, Any]) -> list[str]:
+    """Which layers a scheme is for."""
+    found = scheme.get("targets", [])
+    if not isinstance(found, list) or not all(isinstance(target, str) for target in found):
+        raise unread("targets", repr(found), "a list of names")
+    return found
 
 
 def _scheme(grid: Grid, targets: list[str]) -> dict[str, Any]:

@@ -27,6 +27,9 @@ def check_weights(source: Source, progress: Callable[[int, int], None] | None = 
     names = source.names()
     for done, name in enumerate(sorted(names), start=1):
         tensor = source.read(name)
+        if tensor.is_complex() or tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            why = f"it is stored as {str(tensor.dtype).removeprefix('torch.')}"
+            raise SourceError(f"tensor {name} cannot be used", why, "fetch the model again, or use another one")
         # NaN and infinity survive in the extremes, which are found many times faster than isfinite looks at them all.
         if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
             bad = tensor.numel() - int(torch.isfinite(tensor).sum())

@@ -11,7 +11,7 @@ from logitwise.errors import SourceError
 from logitwise.source.base import Source
 from logitwise.source.growth import check_growth
 from logitwise.source.layout import layout_of
-from logitwise.source.outside import check_config, check_files, read_json
+from logitwise.source.outside import check_config, check_files, check_generation, read_json
 from logitwise.source.shards import DTYPES, Shards
 
 CARRIED = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
@@ -132,6 +132,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     check_files(folder)
     file = folder / "config.json"
     check_config(read_json(file), file)
+    check_generation(folder)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config from outside may fail in any way inside transformers' constructors

@@ -1,10 +1,13 @@
 """Bounds on a folder from outside, before anything in it is parsed: where links lead, how much is read whole."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from logitwise.errors import SourceError
 
@@ -12,11 +15,9 @@ READ_WHOLE = ("*config.json", "*index.json", "*token*", "vocab*", "merges.txt", 
 MOST_BYTES = 1 << 26
 """Of a file that is parsed whole; the largest tokenizers take half of it."""
 
-COUNTED = frozenset(
-    {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers", "num_labels"}
-)
+COUNTED = re.compile(r".*layers?|num_labels|first_k_dense_replace|attention_types")
 MOST_COUNTED = 10_000
-"""transformers makes a list as long as each of `COUNTED` when it reads a config."""
+"""transformers makes lists as long as numbers whose key is `COUNTED`, at any depth, when it reads a config."""
 
 HUB_KERNELS = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
 
@@ -64,6 +65,10 @@ def read_json(file: Path) -> dict[str, Any]:
             f"a model folder holds {file.name} beside its safetensors files",
             "give the folder that holds it; a .gguf file is given by its own path",
         )
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise SourceError(
+            f"{file} is too large", f"it has {size} bytes; at most {MOST_BYTES} are read", "fetch it again"
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -90,14 +95,50 @@ def check_config(config: dict[str, Any], file: Path) -> None:
         )
     if not isinstance(architectures, list | None) or not all(isinstance(name, str) for name in architectures or []):
         raise _not_used(file, "architectures", architectures, "it should be a list of names")
-    for table in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in sorted(COUNTED & table.keys()):
-            if isinstance(table[key], int | float) and not table[key] <= MOST_COUNTED:
-                raise _not_used(file, key, table[key], f"no model has more than {MOST_COUNTED:,}")
-        for key in HUB_KERNELS:
-            if "/" in str(table.get(key)):
-                why = "it names code on the hub, which logitwise never runs"
-                raise _not_used(file, key, table[key], why)
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise SourceError(
+            f"{file.parent} is not a causal language model",
+            f"its config is {model_type}, architecture {', '.join(architectures or ['not named'])}; "
+            "transformers has no causal model of that type",
+            "give a decoder that predicts the next token (one that AutoModelForCausalLM loads)",
+        )
+    for key, value in _entries(config):
+        if isinstance(value, int | float) and COUNTED.fullmatch(key) and not value <= MOST_COUNTED:
+            raise _not_used(file, key, value, f"no model has more than {MOST_COUNTED:,}")
+        if key in HUB_KERNELS and "/" in str(value):
+            raise _not_used(file, key, value, "it names code on the hub, which logitwise never runs")
+
+
+def _entries(config: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """Every single value at any depth, under the nearest key."""
+    left: list[tuple[str, object]] = [*config.items()]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [(key, each) for each in value]
+        else:
+            yield key, value
+
+
+def check_generation(folder: Path) -> None:
+    """Refuses a generation config that cannot be used.
+
+    Errors: SourceError.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    ends = read_json(file).get("eos_token_id")
+    if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
+        raise _not_used(file, "eos_token_id", ends, "it should be the number of a token, or a list of them")
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # it may fail in any way inside transformers' constructor
+        raise SourceError(
+            f"{file} cannot be used", f"{type(error).__name__}: {error}", "correct the file, or fetch it again"
+        ) from error
 
 
 def _not_used(file: Path, key: str, value: object, why: str) -> SourceError:

@@ -118,6 +118,16 @@ def test_a_server_that_fails_in_the_middle_ends_the_run_to_be_resumed(url: str) 
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize("reply", [{"error": "overloaded"}, {"choices": []}, {"choices": [{"index": 0, "text": None}]}])
+def test_a_reply_without_an_answer_ends_the_run_to_be_resumed(
+    url: str, reply: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Server.send
+    monkeypatch.setattr(Server, "send", lambda self, body, code=200: send(self, reply if "choices" in body else body))
+    with pytest.raises(MachineError, match=r"gave no answer\n(?s:.*)run the same command again"):
+        ask_answers(url, tokenizer(), ["a"] * 3, tokens=10**6, answer_tokens=9, temperature=1.0, seed=0)
+
+
 def test_answers_that_were_kept_are_not_asked_for_again(url: str) -> None:
     kept: dict[str, dict[str, Tensor]] = {}
 

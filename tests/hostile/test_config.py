@@ -9,7 +9,8 @@ from bounds import bounded
 from source_files import llama_config, random_model, save, tokenizer
 from transformers import BertConfig, BertForMaskedLM, Qwen2Config, T5Config, T5ForConditionalGeneration
 
-from logitwise.errors import SourceError
+from logitwise.calibration.chat import prompt_ids
+from logitwise.errors import CalibrationError, SourceError
 from logitwise.skeleton import Skeleton
 from logitwise.source import check_tokenizer, open_source
 from logitwise.source.outside import check_files
@@ -141,6 +142,8 @@ def test_weights_may_be_large_whatever_their_file_is_called(folder: Path):
         ("quantization_config", 5, "config.json cannot be used"),
         ("quantization_config", {"quant_method": ["gptq"]}, "is quantized by ['gptq']"),
         ("text_config", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ("text_config", {"vision": [{"num_mtp_layers": 10**9}]}, "num_mtp_layers is 1000000000"),
+        ("attention_types", [[["global", "local"], 10**9]], "attention_types is 1000000000"),
         ("text_config", 5, "no model that can be built"),
         ("dtype", "float99", "config.json cannot be used"),
         ("rope_parameters", {"rope_type": "unheard-of"}, "no model that can be built"),
@@ -149,6 +152,36 @@ def test_weights_may_be_large_whatever_their_file_is_called(folder: Path):
 def test_keys_of_another_kind(folder: Path, key: str, value: object, expected: str):
     change_config(folder, **{key: value})
     assert expected in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[]", "is not a JSON object"),
+        ("{", "is not JSON"),
+        ('{"eos_token_id": ["x"]}', "eos_token_id is ['x']"),
+        ('{"eos_token_id": 1.5}', "eos_token_id is 1.5"),
+        ('{"eos_token_id": 0, "cache_implementation": "unheard-of"}', "generation_config.json cannot be used"),
+    ],
+)
+def test_generation_configs_that_cannot_be_used(folder: Path, content: str, expected: str):
+    (folder / "generation_config.json").write_text(content)
+    assert expected in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ '%99999999999d' % 1 }}", "MemoryError"),
+        ("{{ 'ab' * 10000000 }}", "makes of a conversation is too long\n.*20000000 characters"),
+    ],
+)
+def test_chat_templates_that_do_not_template(template: str, expected: str):
+    made = tokenizer()
+    made.chat_template = template
+    with pytest.raises(CalibrationError, match=f"chat template (?s:.*){expected}"):
+        prompt_ids(made, "the hen")
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from source_files import TOKENS, llama_config, random_model, save, tokenizer
 
 from logitwise.errors import SourceError
-from logitwise.source import check_tokenizer, check_weights, open_source
+from logitwise.source import check_tokenizer, check_weights, fingerprint, open_source
 
 NORM = "model.layers.1.input_layernorm.weight"
 
@@ -37,6 +39,41 @@ def test_fingerprint_does_not_depend_on_the_files_and_depends_on_every_value(fol
     assert check_weights(open_source(sharded)) == before
     change(folder, NORM, torch.full((32,), 1.0 + 2**-20))
     assert check_weights(open_source(folder)) != before
+
+
+def change_json(name: str, **changes: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        file = folder / name
+        found = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(found | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "other"),
+    [
+        (lambda folder: shutil.copy(folder / "config.json", folder / "LICENSE"), False),
+        (change_json("config.json", transformers_version="1.0"), False),
+        (change_json("config.json", rms_norm_eps=0.1), True),
+        (change_json("tokenizer_config.json", chat_template="{{ messages }}"), True),
+        (change_json("tokenizer_config.json", bos_token="a"), True),
+        (change_json("generation_config.json", eos_token_id=7), True),
+        (lambda folder: tokenizer([*TOKENS, "zz"]).save_pretrained(folder), True),
+    ],
+)
+def test_what_else_of_a_model_decides_results(folder: Path, change: Callable[[Path], object], other: bool):
+    before = fingerprint(open_source(folder), "weights")
+    assert fingerprint(open_source(folder), "other weights") != before
+    change(folder)
+    assert (fingerprint(open_source(folder), "weights") != before) == other
+
+
+@pytest.mark.parametrize("dtype", [torch.uint32, torch.complex64])
+def test_parameters_of_a_kind_that_none_has(folder: Path, dtype: torch.dtype):
+    change(folder, NORM, torch.ones(32).to(dtype))
+    with pytest.raises(SourceError, match=f"{NORM} cannot be used\n.*stored as {str(dtype)[6:]}"):
+        check_weights(open_source(folder))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
