@@ -17,7 +17,7 @@ from logitwise.modelcard import model_card
 from logitwise.preflight import describe
 from logitwise.runpage import run_page
 from logitwise.skeleton import Skeleton, Slot
-from logitwise.source import QuantizedSource, check_tokenizer, open_stored
+from logitwise.source import QuantizedSource, open_stored
 from logitwise.watch import SILENT, Watcher
 from logitwise.writing import PAGE, REPORT, Written, read_back, read_report, write_model_files, write_tensors
 
@@ -69,7 +69,6 @@ def export(
             f"there is no format {format}", f"those there are: {', '.join(FORMATS)}", "choose one of them"
         )
     source = open_stored(checkpoint)
-    check_tokenizer(source)
     if not isinstance(source, QuantizedSource):
         raise SourceError(
             f"{checkpoint} is not quantized", "its weights are in full precision", "quantize it, with --format"

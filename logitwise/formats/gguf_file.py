@@ -75,6 +75,9 @@ def not_described(model: Described) -> str | None:
                 f"its config has {key} {given.get(key)!r}, which a file of the architecture {architecture} does not "
                 f"tell: it would be read as {read.get(key)!r}"
             )
+    rows = config.vocab_size
+    if (largest := max(model.tokenizer.get_vocab().values(), default=-1)) >= rows:
+        return f"its tokenizer has a token {largest}, for which its embedding of {rows} rows has none"
     return tokenizer_not_described(model.tokenizer)
 
 

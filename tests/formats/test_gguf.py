@@ -372,6 +372,16 @@ def changed(change: Callable[[Tokenizer], object]) -> PreTrainedTokenizerFast:
     return own
 
 
+def test_a_token_without_a_row_is_refused() -> None:
+    own = tokenizer()
+    model, rows = random_model(CONFIGS["llama"]), CONFIGS["llama"].vocab_size
+    own.add_tokens([f"token {index}" for index in range(len(own), rows)])
+    assert FORMAT.holds_model(described(model, own)) is None
+    own.add_tokens(["one more"])
+    reason = FORMAT.holds_model(described(model, own))
+    assert reason == f"its tokenizer has a token {rows}, for which its embedding of {rows} rows has none"
+
+
 def set_rule(backend: Tokenizer, rule: pre_tokenizers.PreTokenizer) -> None:
     backend.pre_tokenizer = rule
 
