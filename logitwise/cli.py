@@ -301,8 +301,8 @@ def refit(
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Calibration rows (96).")] = None,
     row_tokens: Annotated[int | None, typer.Option(help="Tokens a row (256).")] = None,
-    held_out: Annotated[int | None, typer.Option(help="Rows that choose the iterate and the verdict (32).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps of the final blocks (100).")] = None,
+    held_out: Annotated[int | None, typer.Option(help="Rows that choose the iterate and the verdict (16).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of the final blocks (60).")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows a step (4).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random (0).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
@@ -392,7 +392,6 @@ def _watching(quiet: bool, verbose: bool, log: Path | None, many: bool = False) 
     import transformers
 
     from logitwise.memory import enough_memory
-    from logitwise.report.files import check_place
     from logitwise.report.terminal import TerminalWatcher, Together
 
     transformers.utils.logging.set_verbosity_error()
@@ -405,6 +404,8 @@ def _watching(quiet: bool, verbose: bool, log: Path | None, many: bool = False) 
         if log is None or rank():
             yield terminal
             return
+        from logitwise.report.files import check_place
+
         check_place(log, "--log")
         file = open_now.enter_context(log.open("w", encoding="utf-8"))
         yield Together(terminal, TerminalWatcher(Console(file=file, width=120), verbose=True))

@@ -14,8 +14,10 @@ import torch
 from fake_server import Engine, serving
 from source_files import decided_model, llama_config, save, tokenizer
 from transformers import AutoModelForCausalLM
+from typer.main import get_command
 
-from logitwise.recipe import Recipe
+from logitwise import cli
+from logitwise.recipe import REFIT, Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,3 +172,19 @@ def test_every_option_of_quantize_is_a_recipe_key_or_a_matter_of_the_run() -> No
     run = {"model", "out", "per_channel", "recipe", "settings", "revision", "overwrite", "fresh", "keep_run", "strict"}
     run |= {"no_verify", "dry_run"}
     assert names - run - {"quiet", "verbose", "log"} <= set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("command", "preset", "some"),
+    [
+        ("quantize", None, {"bits", "seed"}),
+        ("refit", REFIT, {"rows", "row_tokens", "held_out", "steps", "polish_steps"}),
+    ],
+)
+def test_the_defaults_that_help_names_are_those_of_the_recipe(command: str, preset: str | None, some: set[str]) -> None:
+    recipe, named = Recipe.load(preset), {}
+    for option in get_command(cli.app).commands[command].params:  # type: ignore[attr-defined]
+        if default := re.search(r"\((\d+)\)\.$", getattr(option, "help", None) or ""):
+            named[option.name] = int(default[1])
+    assert some <= named.keys()
+    assert named == {name: getattr(recipe, name) for name in named}
