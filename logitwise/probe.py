@@ -28,7 +28,7 @@ from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Recipe
 from logitwise.skeleton import Skeleton, Slot, load_whole
 from logitwise.source import Source
-from logitwise.stages import parts_of
+from logitwise.stages import widest_end
 from logitwise.watch import Stage
 from logitwise.windows import Step, final_blocks
 
@@ -187,9 +187,7 @@ def bytes_of_streams(recipe: Recipe, skeleton: Skeleton, rows: int) -> int:
     """What the activations of so many rows take: of teacher and student, at the fork, and inside a block."""
     width = skeleton.model.config.get_text_config().hidden_size
     at_fork = final_blocks(recipe, len(skeleton)) > 1 or recipe.teacher_last == "quantized"
-    parts = parts_of(recipe.block_stages, skeleton.slots(0), lambda slot: False)
-    outputs = {slot.key.removesuffix(".weight"): slot.out_features for slot in skeleton.slots(0)}
-    inside = max((sum(outputs.get(end, width) for end in part.ends) for part in parts), default=0)
+    inside = widest_end(recipe.block_stages, skeleton.slots(0), width)
     return int(((2 + at_fork) * width + inside) * rows * recipe.row_tokens * skeleton.dtype.itemsize)
 
 

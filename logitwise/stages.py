@@ -109,6 +109,13 @@ def parts_of(stages: Sequence[BlockStage], slots: Sequence[Slot], kept: Callable
     return found
 
 
+def widest_end(stages: Sequence[BlockStage], slots: Sequence[Slot], width: int) -> int:
+    """How wide that is at most of which a stage keeps what the teacher puts out; `width` is that of hidden states."""
+    outputs = {_module(slot): slot.out_features for slot in slots}
+    parts = parts_of(stages, slots, lambda slot: False)
+    return max((sum(outputs.get(end, width) for end in part.ends) for part in parts), default=0)
+
+
 def _module(slot: Slot) -> str:
     """The name in its block of the module that holds a slot."""
     return slot.key.removesuffix(".weight")
