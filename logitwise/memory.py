@@ -35,9 +35,8 @@ def _limits() -> list[tuple[int, int]]:
     with suppress(OSError, ValueError, IndexError):
         own = Path("/proc/self/cgroup").read_text("utf-8").rpartition("0::")[2].splitlines()[0].strip("/")
         for folder in [CONTROL_GROUPS / own, *(CONTROL_GROUPS / own).parents]:
-            if (folder / "memory.max").is_file() and (
-                most := (folder / "memory.max").read_text("utf-8").strip()
-            ) != "max":
+            limit = folder / "memory.max"
+            if limit.is_file() and (most := limit.read_text("utf-8").strip()) != "max":
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text("utf-8").splitlines())
                 used = int((folder / "memory.current").read_text("utf-8")) - int(stat["inactive_file"])
                 found.append((int(most), used))  # files that were read and are not in use make room

@@ -252,9 +252,8 @@ def _release(lock: FileLock) -> None:
 def _sweep(out: Path) -> None:
     """Removes what processes that were killed have left beside OUT, but not the only whole checkpoint there is."""
     beside = f"{glob.escape(out.name)}."
-    for left in {
-        file.with_suffix("") if file.suffix == ".lock" else file for file in out.parent.glob(f"{beside}tmp-*")
-    }:
+    for name in {file.name.removesuffix(".lock") for file in out.parent.glob(f"{beside}tmp-*")}:
+        left = out.with_name(name)
         lock = _lock(left)
         with suppress(Timeout, OSError):
             lock.acquire(timeout=0)
