@@ -6,6 +6,7 @@ blocks are recorded as CUDA graphs, forward and backward, and replayed; their gr
 and are to be used, and set to None, before the next step.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from logitwise.attention import warn_strictly
 from logitwise.memory import free_memory
+from logitwise.recording import recording
 
 RECORDED_WEIGHTS = 1 << 27
 """Weights of all blocks together up to which launches cost more than arithmetic."""
@@ -120,8 +122,8 @@ class LearnableBlocks:
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         try:
-            # The stream is put back here: a recording that fails leaves its own.
-            with torch.cuda.device(hidden.device), torch.cuda.stream(torch.cuda.current_stream(hidden.device)):
+            gc.collect()  # graphs of before hold themselves in cycles; they are not to go while these are recorded
+            with recording(hidden.device):
                 made = torch.cuda.make_graphed_callables(copies, tuple(samples), allow_unused_input=True)
             self._recorded = cast(tuple[Callable[..., Tensor], ...], made)
         except RuntimeError:  # no memory, or a forward that waits for the GPU: the blocks are run instead

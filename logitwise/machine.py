@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from warnings import catch_warnings, filterwarnings
 
 import numpy as np
 import torch
@@ -69,7 +70,8 @@ def repeatable() -> Iterator[None]:
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     drawn, drawn_by_numpy = random.getstate(), np.random.get_state()  # libraries draw from both
-    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
+    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), catch_warnings():
+        filterwarnings("ignore", message="Attempting to run cuBLAS")  # on a thread's first product, which then runs
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Filling every new tensor would make the model's empty parameters real memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

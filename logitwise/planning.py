@@ -26,16 +26,18 @@ from logitwise.preflight import Outline, outline
 from logitwise.probe import OfWindow, bytes_of_streams, of_forward, of_text, of_window
 from logitwise.quantizers import INFORMED, QUANTIZERS
 from logitwise.recipe import Choice, Recipe
-from logitwise.skeleton import Slot
+from logitwise.skeleton import PROOF_BLOCKS, Slot
 from logitwise.unfinished import SECONDS
 from logitwise.watch import SILENT, Watcher
 from logitwise.windows import Step, plan_steps
 
 GIB = 2**30
-READING = 2**29
-"""Bytes a second at which weights are taken to be read and hashed; the only figure that is not measured."""
+READING, WRITING = 2**29, 2**28
+"""Bytes a second at which weights are taken to be read and hashed, and a checkpoint to be written, and to be read back:
+the only figures that are not measured."""
 STATE = 2 * 4 * 4
 """Bytes of disk for each number of a long fit: itself, its best iterate, two of Adam; as many while newer ones come."""
+FIRST = "first steps, loading kernels"
 SPLITS = (1, 2, 4, 8)
 ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "c_proj", "fc2", "wo", "w2")
 """Names of layers whose inputs tensor parallelism splits; of all others it splits the outputs."""
@@ -102,7 +104,7 @@ def plan(
     machine = {name: outlined.choices[name].value for name in ("device", "compute_dtype")}
     size, stored, weights, parameters = _sizes(outlined, recipe, grid_of)
     with repeatable():
-        seconds, device_memory, ram, on_disk, notes = _measured(outlined, recipe.but(**machine), watcher)
+        seconds, device_memory, ram, on_disk, notes = _measured(outlined, recipe.but(**machine), size, watcher)
     fates = Counter(fate.fate for fate in audit(outlined.source, outlined.every, outlined.kept))
     run_folder = int(weights + stored / 8 - weights * recipe.grid.bits / 8) + on_disk
     place = Path(out or ".").absolute()
@@ -139,12 +141,11 @@ def _sizes(outlined: Outline, recipe: Recipe, grid_of: Callable[[str], Grid]) ->
 
 
 def _measured(
-    outlined: Outline, recipe: Recipe, watcher: Watcher
+    outlined: Outline, recipe: Recipe, size: int, watcher: Watcher
 ) -> tuple[dict[str, float], int | None, int, int, list[str]]:
     """Seconds of each part, bytes of GPU, of RAM and of disk beside finished windows at most, and what is left out."""
     source, device = outlined.source, torch.device(recipe.device)
-    weights_bytes = source.size_bytes
-    seconds = {"reading and checking the model": weights_bytes / READING}
+    seconds = {"reading and checking the model": _bytes_checked(outlined) / READING, FIRST: 0.0}
     learns, depth = QUANTIZERS[recipe.method].learns, len(outlined.skeleton)
     rows, held = recipe.most_rows, recipe.held_out_rows
     all_rows, of_writing, notes = rows + held, 0, list[str]()
@@ -162,6 +163,7 @@ def _measured(
             tokens = (all_rows + 2) * recipe.row_tokens
             text = of_text(source, recipe, min(ANSWER_BATCH, math.ceil(tokens / ANSWER_TOKENS)), depth)
             seconds["writing calibration text"] = text.token * tokens
+            seconds[FIRST] += text.first
             of_writing = text.peak
         stage.advance()
         forward = of_forward(source, recipe, max(1, min(all_rows, at_once)))
@@ -171,6 +173,9 @@ def _measured(
         last = of_window(source, recipe, refits[0], outlined.kept, min(all_rows, at_once)) if refits else None
         stage.advance()
     gc.collect()
+    seconds[FIRST] += usual.first + (last.first if last else 0.0)
+    if not seconds[FIRST]:
+        del seconds[FIRST]
 
     def of_steps(some: list[Step], one: OfWindow, like: Step) -> float:
         total = 0.0
@@ -196,7 +201,7 @@ def _measured(
             all_rows + 2 * held * (recipe.checks + 1)
         )
         notes.append("memory of the polish is that of its blocks one by one; it takes more where there is room")
-    seconds["writing and reading back"] = 2 * weights_bytes * 0.3 / READING
+    seconds["writing and reading back"] = 2 * size / WRITING
     notes += ["the time of --target-bits is not in it"] if recipe.target_bits is not None else []
     notes += ["the time of rewrites is not in it"] if recipe.rewrites else []
     notes += ["the stages of a block are taken for one fit: it takes longer"] if recipe.block_stages else []
@@ -213,6 +218,15 @@ def _measured(
     if device.type == "cuda":
         return seconds, peak, psutil.Process().memory_info().rss + there["cpu"], on_disk, notes
     return seconds, None, max(of_writing, of_fits + there["device"] + there["cpu"]), on_disk, notes
+
+
+def _bytes_checked(outlined: Outline) -> int:
+    """What checking a model reads: every weight once, and twice what the proof of its replay needs."""
+    source, skeleton = outlined.source, outlined.skeleton
+    sizes = {name: torch.Size(source.shape(name)).numel() * source.dtype.itemsize for name in source.names()}
+    blocks = sum(size for name, size in sizes.items() if name.startswith(skeleton.blocks_name + "."))
+    proved = blocks * min(PROOF_BLOCKS, len(skeleton)) // len(skeleton)
+    return source.size_bytes + 2 * (sum(sizes.values()) - blocks + proved)
 
 
 def _split(outlined: Outline, grid_of: Callable[[str], Grid], count: int) -> str | None:

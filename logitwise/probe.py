@@ -84,6 +84,7 @@ class OfWindow:
     """What fitting a window takes.
 
     Args:
+        first: seconds that its first steps take longer than later ones: kernels are loaded and compiled.
         opening: seconds until it can learn: its weights in place, the start of every scale.
         step: seconds of an optimiser step.
         held_out_row: seconds of measuring one held-out row.
@@ -91,6 +92,7 @@ class OfWindow:
         learned: numbers that are learned.
     """
 
+    first: float
     opening: float
     step: float
     held_out_row: float
@@ -100,8 +102,9 @@ class OfWindow:
 
 @dataclass(frozen=True)
 class OfText:
-    """What writing text takes: seconds a token, and bytes at most, as for a window."""
+    """What writing text takes: seconds more at first, seconds a token, and bytes at most, as for a window."""
 
+    first: float
     token: float
     peak: int
 
@@ -155,8 +158,8 @@ def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot],
         trial = _Trial(skeleton, recipe, step, rows)
         opening = _seconds(device, lambda: trial.open(kept))
         if not step.steps:
-            return OfWindow(opening, 0.0, 0.0, peak(), 0)
-        trial.learn(2)  # kernels are loaded and compiled once
+            return OfWindow(0.0, opening, 0.0, 0.0, peak(), 0)
+        slow = _seconds(device, lambda: trial.learn(2))
         few = _seconds(device, lambda: trial.learn(2))
         more = max(1, min(MOST_STEPS, int(LONG_ENOUGH / (few / 2))))
         many = _seconds(device, lambda: trial.learn(2 + more))
@@ -165,7 +168,7 @@ def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot],
     each = (many - few) / more if many > few else many / (2 + more)
     groups = [group for quantizer in trial.quantizers.values() for group in quantizer.groups().values()]
     learned = sum(parameter.numel() for group in groups for parameter in group)
-    return OfWindow(opening, each, asked / step.batch, peak(), learned)
+    return OfWindow(max(0.0, slow - few), opening, each, asked / step.batch, peak(), learned)
 
 
 def try_memory(skeleton: Skeleton, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], streams: int) -> None:
@@ -214,7 +217,7 @@ def of_text(source: Source, recipe: Recipe, batch: int, depth: int) -> OfText:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cache = 2 * heads * width * depth * getattr(torch, recipe.compute_dtype).itemsize  # keys and values of a token
     longer = batch * (ANSWER_TOKENS - WRITTEN) * cache
-    return OfText(token, int(few.peak + more * max(0, many.peak - few.peak)) + longer)
+    return OfText(few.first, token, int(few.peak + more * max(0, many.peak - few.peak)) + longer)
 
 
 def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:
@@ -234,14 +237,14 @@ def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:
             )
             return sum(sum(document.counts) for document in written)
 
-        each = []
-        for _ in range(3):
+        tokens, took = 0, list[float]()
+        for _ in range(3):  # the same tokens each time
             began = _now(device)
             tokens = write()
-            each.append((_now(device) - began) / tokens)
+            took.append(_now(device) - began)
     del model
     gc.collect()
-    return OfText(min(each), peak())
+    return OfText(took[0] - min(took), min(took) / tokens, peak())
 
 
 def _skeleton(source: Source, recipe: Recipe) -> Skeleton:

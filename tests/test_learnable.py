@@ -1,5 +1,6 @@
 """Blocks to go backward through: recomputed or recorded, they are the plain composition."""
 
+import gc
 from functools import partial
 from typing import cast
 
@@ -102,6 +103,20 @@ def test_recorded_blocks_are_not_run_again_by_python() -> None:
     assert len(ran) == recorded
     blocks(hidden.repeat(2, 1, 1)).sum().backward()  # another shape: not the recorded one
     assert len(ran) > recorded
+
+
+@needs_gpu
+def test_a_recording_that_is_gone_leaves_no_memory_behind() -> None:
+    def learn() -> int:
+        own = layers(2, "cuda")
+        blocks = LearnableBlocks(blocks_of(own, []), 84)
+        for rows in (1, 2):  # recorded, and not
+            blocks(torch.ones(rows, 2, 6, device="cuda")).sum().backward()
+        del own, blocks
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+    assert [learn() for _ in range(3)] == [learn()] * 3
 
 
 @needs_gpu

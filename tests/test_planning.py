@@ -53,7 +53,7 @@ def test_no_weight_is_read_and_every_part_has_a_time(folder: Path, text: Path, t
     file = shapes / "model.safetensors"
     save_file({name: torch.full_like(x, torch.nan) for name, x in load_file(file).items()}, file, {"format": "pt"})
     planned = logitwise.plan(shapes, recipe(text))  # a run would refuse these weights
-    assert list(planned.seconds) == PARTS
+    assert [part for part in planned.seconds if part != planning.FIRST] == PARTS
     assert all(seconds > 0 for seconds in planned.seconds.values())
     polished = logitwise.plan(shapes, recipe(text, polish=True, calibration="self"))
     assert {"polishing", "writing calibration text"} <= polished.seconds.keys()
@@ -65,15 +65,16 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two blocks, 24 rows and 8 held out, 6 steps of 4 rows, held-out rows asked 3 times."""
-    monkeypatch.setattr(planning, "of_text", lambda *given: OfText(token=1e3, peak=5))
+    monkeypatch.setattr(planning, "of_text", lambda *given: OfText(first=1.0, token=1e3, peak=5))
     monkeypatch.setattr(planning, "of_forward", lambda *given: 1.0)
-    of_last = OfWindow(opening=3e3, step=5e5, held_out_row=7e6, peak=9, learned=30)
-    of_others = OfWindow(opening=1e2, step=1e4, held_out_row=1e6, peak=7, learned=20)
+    of_last = OfWindow(first=2.0, opening=3e3, step=5e5, held_out_row=7e6, peak=9, learned=30)
+    of_others = OfWindow(first=4.0, opening=1e2, step=1e4, held_out_row=1e6, peak=7, learned=20)
     monkeypatch.setattr(planning, "of_window", lambda *given: of_last if given[2].refit else of_others)
     asked = recipe(text, calibration="self", polish=True, polish_steps=5, polish_batch=2)
     planned, short = logitwise.plan(folder, asked), logitwise.plan(folder, asked.but(steps=0, steps_last=0))
     assert planned.run_folder == short.run_folder + 30 * 32  # the state of the longest fit, and of its next check
     seconds = planned.seconds
+    assert seconds[planning.FIRST] == 1 + 2 + 4
     assert seconds["writing calibration text"] == 1e3 * (24 + 8 + 2) * 24
     assert seconds["fitting blocks"] == 2 * (1e2 + 6 * 1e4 + 3 * 8 * 1e6) + 2 * 2 * 32 * 1.0
     assert seconds["fitting the final blocks by lfq"] == 3e3 + 6 * 5e5 + 3 * 8 * 7e6 + 2 * 8 * 7e6

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from logitwise.errors import CalibrationError
+from logitwise.recording import recording
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,8 @@ class Decoder:
     def _record(self, ids: Tensor, mask: Tensor, positions: Tensor) -> _Recording | None:
         """The step as a graph; recording runs nothing. None, and no more tries, where the model does not allow it."""
         graph, ids, positions = torch.cuda.CUDAGraph(), ids.clone(), positions.clone()
-        # The stream is put back here: a recording that fails leaves its own.
-        here, back = torch.cuda.device(ids.device), torch.cuda.stream(torch.cuda.current_stream(ids.device))
         try:
-            with here, back, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with recording(ids.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = self._run(ids, mask, positions)
         except RuntimeError:
             self.records = False
