@@ -186,7 +186,7 @@ def _digest(content: Tensor | Quantized, form: Format) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
