@@ -34,9 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logitwise.head import Head
 from logitwise.machine import versions
 from logitwise.objectives import reference, soft
-from logitwise.skeleton import Head
 
 SHAPES = ["8192x4096x128256", "16384x4096x128256", "8192x4096x151936", "16384x4096x151936"]
 CUDA = torch.cuda.is_available()

@@ -15,12 +15,13 @@ from logitwise.descent import Course, Halfway, Schedule, descend, row_order
 from logitwise.errors import MachineError
 from logitwise.fused import compiled_weight
 from logitwise.grid import Grid, Quantized
+from logitwise.head import Head
 from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.objectives import Objective, Taps
 from logitwise.quantizers import Quantizer, Start
 from logitwise.ranks import ALONE, Ranks
 from logitwise.sharing import Alone, Shared
-from logitwise.skeleton import Call, Head, Skeleton, Slot
+from logitwise.skeleton import Call, Skeleton, Slot
 from logitwise.watch import Stage
 
 

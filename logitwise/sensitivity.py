@@ -13,11 +13,12 @@ from torch.nn.functional import cosine_similarity
 
 from logitwise.calibration.rows import Rows
 from logitwise.grid import Grid
+from logitwise.head import Head
 from logitwise.objectives.soft import compare
 from logitwise.quantizers import STARTS
 from logitwise.quantizers.rtn import RoundToNearest
 from logitwise.recipe import Recipe
-from logitwise.skeleton import Head, Skeleton, Slot
+from logitwise.skeleton import Skeleton, Slot
 from logitwise.watch import Stage
 
 MOST_BYTES = 1 << 31

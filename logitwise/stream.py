@@ -23,13 +23,14 @@ from logitwise.descent import Schedule
 from logitwise.fit import Data, Fitted, Window, fit, measure
 from logitwise.fused import pays
 from logitwise.grid import Quantized
+from logitwise.head import Head
 from logitwise.objectives import OBJECTIVES
 from logitwise.objectives.mse import MeanSquaredError
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS, InformedStart, Quantizer, Start
 from logitwise.ranks import ALONE, Ranks
 from logitwise.recipe import Recipe
 from logitwise.runfolder import RunFolder
-from logitwise.skeleton import Call, Head, Skeleton, Slot
+from logitwise.skeleton import Call, Skeleton, Slot
 from logitwise.stages import Part, fit_parts, parts_of
 from logitwise.unfinished import halfway
 from logitwise.watch import Stage, Watcher

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from logitwise.head import Head
 from logitwise.objectives import reference
-from logitwise.skeleton import Head
 
 HEADS: dict[str, dict[str, float | bool]] = {
     "plain": {},

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from logitwise.calibration.rows import Rows
 from logitwise.comparison.candidates import Candidate
+from logitwise.head import Head
 from logitwise.measure.divergence import VERSION, Divergence, divergence
 from logitwise.measure.likelihood import last_hidden
 from logitwise.runfolder import RunFolder, chain
-from logitwise.skeleton import Head, Skeleton
+from logitwise.skeleton import Skeleton
 from logitwise.watch import Watcher
 
 BATCH = 8

@@ -15,9 +15,10 @@ from logitwise.comparison.served import Prompt, Served
 from logitwise.comparison.standard import Scored, score, standard_findings
 from logitwise.comparison.teacher import Teacher, beside, rows_of, teach
 from logitwise.comparison.written import Answers, Manner, write_answers
+from logitwise.head import Head
 from logitwise.measure.coarse import coarse_divergence
 from logitwise.runfolder import RunFolder
-from logitwise.skeleton import Head, Skeleton
+from logitwise.skeleton import Skeleton
 from logitwise.watch import Watcher
 
 SAMPLE_TEMPERATURE = 0.8

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from logitwise.head import Head
 from logitwise.measure.divergence import Divergence, in_chunks
-from logitwise.skeleton import Head
 
 LEAST_REST = 1e-6
 """What is left for all other tokens is 1 less a sum of float32 figures, wrong by about as much: none less divides."""

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from logitwise.head import Head
 from logitwise.objectives.soft import chunks
-from logitwise.skeleton import Head
 
 VERSION = 1
 """Raised when the same models and tokens would give another figure; what was measured before is then not reused."""

@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from logitwise.calibration.rows import Rows
+from logitwise.head import Head
 from logitwise.measure.figure import Figure, mean_of_units, sums_by_unit
 from logitwise.objectives.soft import Comparison, compare
-from logitwise.skeleton import Head, Skeleton
+from logitwise.skeleton import Skeleton
 from logitwise.source.base import Source
 from logitwise.watch import SILENT, Watcher
 

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from logitwise.head import Head
 from logitwise.objectives.chunked import Rule, head_loss
 from logitwise.objectives.soft import compare
 from logitwise.ranks import Ranks
-from logitwise.skeleton import Head
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from logitwise.skeleton import Head
+from logitwise.head import Head
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at a time on each side: 64 MiB in float32."""

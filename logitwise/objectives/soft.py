@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from logitwise.head import Head
 from logitwise.objectives.chunked import Rule, chunk_tokens, counted, head_loss
-from logitwise.skeleton import Head
 
 
 class SoftLoss(NamedTuple):

@@ -14,8 +14,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from logitwise.head import Head
 from logitwise.objectives.chunked import counted, with_gradient
-from logitwise.skeleton import Head
 
 BUDGET = 480 << 20
 """Bytes of projections and gradient together; the rest of 512 MiB is for a chunk's hidden states and their product."""

@@ -8,9 +8,9 @@ import torch
 from numerics import HEADS, make_head, plain_logits, random, value_and_gradient
 from torch import Tensor
 
+from logitwise.head import Head
 from logitwise.objectives import chunked
 from logitwise.objectives.chunked import Rule, counted, head_loss
-from logitwise.skeleton import Head
 
 over_heads = pytest.mark.parametrize("kind", HEADS)
 

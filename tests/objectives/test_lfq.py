@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from logitwise.head import Head
 from logitwise.objectives import OBJECTIVES, Taps, reference
-from logitwise.skeleton import Head
 
 LFQ = OBJECTIVES["lfq"]()
 FOLLOWING = torch.tensor([[3, 9, 36], [0, 1, 20]])

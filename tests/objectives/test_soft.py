@@ -5,9 +5,9 @@ import torch
 from numerics import HEADS, assert_loss_no_worse, make_head, naive, plain_logits, random, value_and_gradient
 from torch import Tensor
 
+from logitwise.head import Head
 from logitwise.objectives import chunked, reference
 from logitwise.objectives.soft import chunks, compare, soft_cross_entropy
-from logitwise.skeleton import Head
 
 over_heads = pytest.mark.parametrize("kind", HEADS)
 over_temperatures = pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -5,8 +5,8 @@ import torch
 from numerics import HEADS, assert_loss_no_worse, make_head, random, value_and_gradient
 from torch import Tensor
 
+from logitwise.head import Head
 from logitwise.objectives import soft
-from logitwise.skeleton import Head
 
 pytest.importorskip("triton")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from logitwise.head import Head
 from logitwise.objectives import OBJECTIVES, Taps
-from logitwise.skeleton import Head
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 2, 5, 6, 37
 
