@@ -19,7 +19,16 @@ from logitwise.runpage import run_page
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedSource, open_stored
 from logitwise.watch import SILENT, Watcher
-from logitwise.writing import PAGE, REPORT, Written, read_back, read_report, write_model_files, write_tensors
+from logitwise.writing import (
+    PAGE,
+    REFIT_REPORT,
+    REPORT,
+    Written,
+    read_back,
+    read_report,
+    write_model_files,
+    write_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,8 @@ def export(
         raise FormatError(
             f"{outside[0]} is quantized", "layers outside of the blocks are not converted yet", "quantize it anew"
         )
-    report = read_report(Path(checkpoint)) if Path(checkpoint).is_dir() else None
+    folder = Path(checkpoint)
+    report, refitted = (read_report(folder, name) if folder.is_dir() else None for name in (REPORT, REFIT_REPORT))
     form, model = FORMATS[format], describe(source, skeleton)
     if report is not None:
         model = replace(model, name=report["model"]["name"])
@@ -105,6 +115,8 @@ def export(
             write_json(staging / REPORT, report)
             (staging / "README.md").write_text(model_card(report), encoding="utf-8")
             (staging / PAGE).write_text(run_page(report), encoding="utf-8")
+        if refitted is not None:
+            write_json(staging / REFIT_REPORT, refitted)
         if verify:
             read_back(staging, form, written, watcher)
     return Exported(out, format, written.size, len(grids))

@@ -247,7 +247,7 @@ class RunFolder:
             raise OutputError(
                 f"another run is at work in {self.path}",
                 "both would write the same files",
-                "wait until it has ended, or choose another OUT",
+                "wait until it has ended, or write to another place",
             ) from error
         try:
             for file in self.path.glob("*.stream"):  # of a process that was killed while it took their place

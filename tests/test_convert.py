@@ -1,5 +1,6 @@
 """A checkpoint in another format is the same model; what is written is read back before it appears."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,14 @@ def test_an_exported_checkpoint_is_the_same_model(checkpoint: Path, tmp_path: Pa
     assert report["audit"] == before["audit"]
     assert {file.name for file in (tmp_path / "again").iterdir()} == {file.name for file in checkpoint.iterdir()}
     assert inspect(tmp_path / "again").grid == inspect(checkpoint).grid
+
+
+def test_what_a_refit_changed_is_still_told(checkpoint: Path, tmp_path: Path) -> None:
+    refitted = shutil.copytree(checkpoint, tmp_path / "refitted")
+    report = {"before": {"kl": {"mean": 0.5}}, "after": {"kl": {"mean": 0.25}}}
+    (refitted / "refit.json").write_text(json.dumps(report), encoding="utf-8")
+    logitwise.export(refitted, tmp_path / "out", "compressed-tensors")
+    assert inspect(tmp_path / "out").refit == report
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

@@ -103,7 +103,7 @@ def test_a_second_run_with_the_same_out_is_refused(folder: Path, text: Path, tmp
     of_another = RunFolder(tmp_path / "out.run")
     with of_another.alone():
         of_another.note("first_row.txt", "its own")
-        with pytest.raises(OutputError, match=r"another run is at work in .*out.run\n.*\n.*choose another OUT"):
+        with pytest.raises(OutputError, match=r"another run is at work in .*out.run\n.*\n.*another place"):
             logitwise.quantize(folder, out, recipe(text, method="rtn", objective="mse"), fresh=True)
         assert (of_another.path / "first_row.txt").read_text() == "its own"
         assert not out.exists()

@@ -110,57 +110,58 @@ def compare(
     harness = load_tasks(standard, lm_eval_limit, watcher) if standard else None
     reference, others = open_candidates(original, quantized, servers, revision, watcher)
     folder = RunFolder(page.with_suffix(".run"))
-    if fresh:
-        folder.remove()
-    manner = Manner(answer_tokens, 0.0, seed, machine["device"], machine["compute_dtype"])
-    work = Work(reference, others, asked, manner, folder, watcher)
-    own, answers = work.answers()
-    rows_by = work.write(reference, work.prompts, replace(manner, temperature=temperature)) if temperature else own
-    tokens = work.tokens(rows_by)
-    solved = work.scores(own.ends, samples) if asked.problems else [None] * (1 + len(others))
-    by_lm_eval = work.standard(harness) if harness else [None] * (1 + len(others))
-    models = [
-        {
-            "name": candidate.name,
-            "original": candidate is reference,
-            "size": None if isinstance(candidate, Served) else as_json(size_of(candidate.source)),
-            "served": served_findings(candidate) if isinstance(candidate, Served) else None,
-            "tokens": measured,
-            "answers": as_json(work.answers_beside(candidate, written, own)),
-            "tasks": scored,
-            "lm_eval": scored_by_lm_eval,
+    with folder.alone():
+        if fresh:
+            folder.empty()
+        manner = Manner(answer_tokens, 0.0, seed, machine["device"], machine["compute_dtype"])
+        work = Work(reference, others, asked, manner, folder, watcher)
+        own, answers = work.answers()
+        rows_by = work.write(reference, work.prompts, replace(manner, temperature=temperature)) if temperature else own
+        tokens = work.tokens(rows_by)
+        solved = work.scores(own.ends, samples) if asked.problems else [None] * (1 + len(others))
+        by_lm_eval = work.standard(harness) if harness else [None] * (1 + len(others))
+        models = [
+            {
+                "name": candidate.name,
+                "original": candidate is reference,
+                "size": None if isinstance(candidate, Served) else as_json(size_of(candidate.source)),
+                "served": served_findings(candidate) if isinstance(candidate, Served) else None,
+                "tokens": measured,
+                "answers": as_json(work.answers_beside(candidate, written, own)),
+                "tasks": scored,
+                "lm_eval": scored_by_lm_eval,
+            }
+            for candidate, measured, written, scored, scored_by_lm_eval in zip(
+                [reference, *others], [None, *tokens["models"]], [own, *answers], solved, by_lm_eval, strict=True
+            )
+        ]
+        conditions = {
+            "metric": VERSION,
+            "prompts": {"count": len(asked.prompts), "from": asked.prompts_from},
+            "tasks": {"count": len(asked.problems), "from": asked.tasks_from, "extractor": asked.extractor}
+            if asked.problems
+            else None,
+            "lm_eval": standard_conditions(harness) if harness else None,
+            "measured_on": {"answers": len(rows_by.ids), "tokens": tokens["count"], "temperature": temperature},
+            "answer_tokens": answer_tokens,
+            "samples": samples,
+            "seed": seed,
+            "device": machine["device"],
+            "answers_dtype": machine["compute_dtype"],
+            "measured_dtype": "float32",
+            "versions": versions(),
         }
-        for candidate, measured, written, scored, scored_by_lm_eval in zip(
-            [reference, *others], [None, *tokens["models"]], [own, *answers], solved, by_lm_eval, strict=True
-        )
-    ]
-    conditions = {
-        "metric": VERSION,
-        "prompts": {"count": len(asked.prompts), "from": asked.prompts_from},
-        "tasks": {"count": len(asked.problems), "from": asked.tasks_from, "extractor": asked.extractor}
-        if asked.problems
-        else None,
-        "lm_eval": standard_conditions(harness) if harness else None,
-        "measured_on": {"answers": len(rows_by.ids), "tokens": tokens["count"], "temperature": temperature},
-        "answer_tokens": answer_tokens,
-        "samples": samples,
-        "seed": seed,
-        "device": machine["device"],
-        "answers_dtype": machine["compute_dtype"],
-        "measured_dtype": "float32",
-        "versions": versions(),
-    }
-    findings: Json = {
-        "version": 1,
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "conditions": conditions,
-        "noise": tokens["noise"],
-        "models": models,
-        "answers": side_by_side(own, work.references(own), answers, asked.prompts, work.tokenizer)[:SHOWN],
-    }
-    findings["sentences"] = sentences(findings)
-    write_report(page, findings)
-    return Compared(page, findings)
+        findings: Json = {
+            "version": 1,
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "conditions": conditions,
+            "noise": tokens["noise"],
+            "models": models,
+            "answers": side_by_side(own, work.references(own), answers, asked.prompts, work.tokenizer)[:SHOWN],
+        }
+        findings["sentences"] = sentences(findings)
+        write_report(page, findings)
+        return Compared(page, findings)
 
 
 def _check_numbers(answer_tokens: int, temperature: float, samples: int, tasks: object) -> None:

@@ -147,6 +147,12 @@ def test_an_interrupted_comparison_goes_on(place: Path, found: dict[str, Any], m
     assert [m["tokens"] for m in resumed["models"]] == [m["tokens"] for m in found["models"]]
 
 
+def test_a_second_one_with_the_same_report_is_refused(place: Path, found: dict[str, Any]) -> None:
+    with RunFolder(place / "report.run").alone(), pytest.raises(OutputError, match=r"another run is at work"):
+        compared(place, "w4", "w2")
+    compared(place, "w4", "w2")
+
+
 def test_another_answer_length_is_another_measurement(place: Path, found: dict[str, Any]) -> None:
     shorter = compared(place, "w4", answer_tokens=6)
     assert shorter["conditions"]["measured_on"]["tokens"] <= 6 * len(PROMPTS)
