@@ -123,6 +123,8 @@ def _hull(one: Together) -> list[int]:
     for bits in sorted(one.stored):
         if hull and not one.loss[bits] < one.loss[hull[-1]]:
             continue
+        if hull and one.stored[hull[-1]] == one.stored[bits]:  # as large, as GGUF's types are, and loses less
+            hull.pop()
         while len(hull) > 1 and _slope(one, hull[-2], bits) <= _slope(one, hull[-2], hull[-1]):
             hull.pop()
         hull.append(bits)

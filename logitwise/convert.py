@@ -108,7 +108,7 @@ def export(
     with staged(out, overwrite) as staging:
         own = {slot.module: grid for slot, grid in grids.items()}
         written = write_tensors(staging, contents(), form, model, own, len(source.names()), verify, watcher)
-        write_model_files(staging, source, skeleton)
+        write_model_files(staging, source)
         if report is not None:
             weights = sum(slot.out_features * slot.in_features for slot in grids)
             report = _report(report, form, set(grids.values()), weights, written)

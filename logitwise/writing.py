@@ -4,12 +4,14 @@ import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from logitwise.errors import MachineError, SourceError
 from logitwise.formats import Described, Format
@@ -19,7 +21,7 @@ from logitwise.modelcard import model_card
 from logitwise.polish import Polished
 from logitwise.preflight import Job
 from logitwise.runpage import run_page
-from logitwise.skeleton import Skeleton, Slot
+from logitwise.skeleton import Slot
 from logitwise.source import QuantizedSource, Source
 from logitwise.source.outside import read_json
 from logitwise.source.quantized import open_folder
@@ -68,7 +70,7 @@ def write(
     parameters = sum(torch.Size(source.shape(name)).numel() for name in source.names())
     with staged(out, overwrite) as staging:
         written = write_tensors(staging, contents(), job.format, job.model, grids, len(job.fates), verify, watcher)
-        write_model_files(staging, source, job.skeleton)
+        write_model_files(staging, source)
         report = {
             **report,
             "grids": dict(Counter(map(str, grids.values()))),
@@ -190,13 +192,13 @@ def _digest(content: Tensor | Quantized, form: Format) -> str:
     return digest.hexdigest()
 
 
-def write_model_files(staging: Path, source: Source, skeleton: Skeleton) -> None:
+def write_model_files(staging: Path, source: Source) -> None:
     """Generation config and licence, as they are or as transformers has them."""
     files = source.extra_files()
     for file in files:
         shutil.copyfile(file, staging / file.name)
     if not any(file.name == "generation_config.json" for file in files):
-        skeleton.model.generation_config.save_pretrained(staging)
+        GenerationConfig.from_model_config(deepcopy(source.config)).save_pretrained(staging)
 
 
 def read_report(folder: Path, name: str = REPORT) -> dict[str, Any] | None:

@@ -51,6 +51,14 @@ def test_bits_that_save_nothing_are_not_given() -> None:
     assert list(allocate(found, 10**6).values()) == [2, 4]
 
 
+def test_more_bits_of_the_same_size_are_given() -> None:
+    """GGUF has one type for several numbers of bits."""
+    (first, *_) = layers([{2: 1.0, 3: 0.5, 4: 0.3, 6: 0.1}])
+    found = [Together(first.slots, {2: 288, 3: 288, 4: 288, 6: 544}, first.loss)]
+    assert list(allocate(found, 300).values()) == [4]
+    assert list(allocate(found, 600).values()) == [6]
+
+
 def test_a_step_that_does_not_fit_leaves_room_for_a_smaller_one() -> None:
     large, small = layers([{2: 9.0, 3: 1.0}], 640)[0], layers([{2: 1.0, 3: 0.9}, {2: 1.0, 3: 0.9}], 64)[1]
     bits = allocate([large, small], 2 * 704 + 64)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_pipeline import folder, recipe, text  # noqa: F401
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 import logitwise
@@ -61,6 +62,13 @@ def test_an_exported_checkpoint_is_the_same_model(checkpoint: Path, tmp_path: Pa
     assert report["audit"] == before["audit"]
     assert {file.name for file in (tmp_path / "again").iterdir()} == {file.name for file in checkpoint.iterdir()}
     assert inspect(tmp_path / "again").grid == inspect(checkpoint).grid
+
+
+def test_a_model_that_brings_no_generation_config_uses_its_cache(checkpoint: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(checkpoint, tmp_path / "bare")
+    (bare / "generation_config.json").unlink()
+    logitwise.export(bare, tmp_path / "out", "compressed-tensors")
+    assert GenerationConfig.from_pretrained(tmp_path / "out").use_cache
 
 
 def test_what_a_refit_changed_is_still_told(checkpoint: Path, tmp_path: Path) -> None:

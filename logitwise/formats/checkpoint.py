@@ -4,6 +4,7 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -251,21 +252,24 @@ def _release(lock: FileLock) -> None:
 
 def _sweep(out: Path) -> None:
     """Removes what processes that were killed have left beside OUT, but not the only whole checkpoint there is."""
-    beside = f"{glob.escape(out.name)}."
-    for name in {file.name.removesuffix(".lock") for file in out.parent.glob(f"{beside}tmp-*")}:
-        left = out.with_name(name)
+    ours = re.compile(re.escape(out.name) + r"\.(tmp|old)-[0-9a-f]{8}")  # and no folder that someone has named
+    names = {file.name.removesuffix(".lock") for file in out.parent.glob(f"{glob.escape(out.name)}.*")}
+    for found in filter(None, map(ours.fullmatch, names)):
+        left = out.with_name(found[0])
+        if found[1] == "old":
+            if out.exists():
+                shutil.rmtree(left, ignore_errors=True)
+            continue
         lock = _lock(left)
         with suppress(Timeout, OSError):
             lock.acquire(timeout=0)
             shutil.rmtree(left, ignore_errors=True)
             _release(lock)
-    for left in out.parent.glob(f"{beside}old-*") if out.exists() else ():
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _take_place(staging: Path, out: Path) -> None:
     """Renames a complete folder to OUT; what was there is moved aside first and removed last."""
-    former = staging.with_name(staging.name.replace(".tmp-", ".old-"))
+    former = staging.with_name(f"{out.name}.old-{staging.name[-8:]}")
     if not out.exists():
         staging.rename(out)
         _sweep(out)

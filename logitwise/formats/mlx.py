@@ -131,7 +131,8 @@ class Mlx(SafetensorsFormat):
         zero = torch.where(scale == 0, float(grid.middle), torch.round(-biases.double() / scale.double()))
         within = (zero >= 0) & (zero <= grid.levels)
         if bool(within.all()) and torch.equal(_biases(scale, zero), biases.float()):
-            return Quantized(codes, scale, zero.to(torch.uint8), grid)
+            middle = bool((zero == grid.middle).all())  # MLX has no word for it
+            return Quantized(codes, scale, zero.to(torch.uint8), replace(grid, symmetric=middle))
         none = torch.zeros(groups, dtype=torch.uint8)
         return Quantized(codes, scale, none, replace(grid, minimum=True), biases)
 

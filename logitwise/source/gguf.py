@@ -242,9 +242,33 @@ def _config(reader: GGUFReader, architecture: str, file: Path) -> PretrainedConf
             f"{type(error).__name__}: {error}",
             "use the model's safetensors folder instead",
         ) from error
+    _check_positions(reader, architecture, config, file)
     if architecture in OPTIONAL_BIASES:
         config.attention_bias = any(tensor.name.endswith(".attn_q.bias") for tensor in reader.tensors)
     return config
+
+
+def _check_positions(reader: GGUFReader, architecture: str, config: PretrainedConfig, file: Path) -> None:
+    """Refuses a file whose positions or windows transformers does not take over: it would be another model.
+
+    Errors: SourceError.
+    """
+
+    def told(key: str) -> Any:
+        field = reader.fields.get(f"{architecture}.{key}")
+        return None if field is None else field.contents()
+
+    window = told("attention.sliding_window")
+    freqs = [tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    scaled = told("rope.scaling.type") not in (None, "none") and told("rope.scaling.factor") not in (None, 0.0, 1.0)
+    why = None
+    if scaled or told("rope.scale_linear") not in (None, 1.0) or not all(np.allclose(data, 1) for data in freqs):
+        why = "its rotary embeddings are scaled, which transformers does not read from such a file"
+    elif isinstance(window, int) and window not in (0, getattr(config, "sliding_window", None)):
+        why = f"its attention has windows of {window} tokens, which transformers does not read from such a file"
+    if why is not None:
+        remedy = "use the model's safetensors folder instead"
+        raise SourceError(f"{file.name} would be read as another model", why, remedy)
 
 
 def _write_outline(reader: GGUFReader, architecture: str, file: Path) -> None:

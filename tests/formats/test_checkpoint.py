@@ -198,10 +198,10 @@ def test_staged_does_not_replace_what_appeared_meanwhile(tmp_path: Path):
 
 def test_staged_spares_the_staging_folder_of_another_at_work_and_removes_what_others_left(tmp_path: Path):
     out = tmp_path / "out"
-    for left in (f"out.tmp-{os.getpid()}", "out.tmp-1", "out.old-1", "out.tmp-12345678"):
-        (tmp_path / left).mkdir()  # a number is no sign of life: in a container processes have the same one again
+    for left in ("out.tmp-0123abcd", "out.old-0123abcd", "out.tmp-12345678"):
+        (tmp_path / left).mkdir()
     (tmp_path / "out.tmp-12345678.lock").touch()
-    (tmp_path / "out.tmp-abandoned.lock").touch()
+    (tmp_path / "out.tmp-abcdef01.lock").touch()
     with staged(out, False) as other:
         (other / "a").write_text("its own")
         with staged(out, False) as folder:
@@ -210,6 +210,16 @@ def test_staged_spares_the_staging_folder_of_another_at_work_and_removes_what_ot
         shutil.rmtree(out)
     assert (out / "a").read_text() == "its own"
     assert left_beside(out) == []
+
+
+def test_folders_that_someone_has_named_stay_beside_a_new_one(tmp_path: Path):
+    out, own = tmp_path / "out", ["out.old-v1", "out.tmp-mine", "out.tmp-1", "out.old-12345678-copy", "out.lock"]
+    for name in own:
+        (tmp_path / name).mkdir()
+    for overwrite in (False, True):
+        with staged(out, overwrite) as folder:
+            (folder / "a").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*own, "out"])
 
 
 @pytest.mark.parametrize("inside", ["model", "model/deep/file.jsonl"])

@@ -1,14 +1,16 @@
 """GGUF files: the same tensors, config and tokens as transformers' own loader gives, and as were written."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from source_files import llama_config, random_model, tokenizer, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from logitwise.errors import SourceError
 from logitwise.source import GgufSource, open_source
 
 VOCABULARY = 300  # more than the reader reads element by element
@@ -69,6 +71,32 @@ def test_what_the_model_has_no_place_for_is_listed(tmp_path: Path):
     model = random_model(llama_config(vocab_size=VOCABULARY))
     extra = {"rope_freqs.weight": np.ones(4, np.float32)}
     assert open_source(write_gguf(model, tmp_path / "t.gguf", extra=extra)).unused == ["rope_freqs.weight"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "extra", "why"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {}, "its rotary embeddings are scaled"),
+        ({}, {"rope_freqs.weight": np.array([1, 1, 2, 8], np.float32)}, "its rotary embeddings are scaled"),
+        ({"attention.sliding_window": 8}, {}, "its attention has windows of 8 tokens"),
+    ],
+    ids=["linear", "factors", "window"],
+)
+def test_what_transformers_would_read_as_another_model_is_refused(
+    keys: dict[str, Any], extra: dict[str, np.ndarray], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = GGUFWriter.add_rope_dimension_count
+
+    def more(writer: GGUFWriter, size: int) -> None:
+        add(writer, size)
+        for key, value in keys.items():
+            kind = {str: GGUFValueType.STRING, float: GGUFValueType.FLOAT32, int: GGUFValueType.UINT32}[type(value)]
+            writer.add_key_value(f"llama.{key}", value, kind)
+
+    monkeypatch.setattr(GGUFWriter, "add_rope_dimension_count", more)
+    file = write_gguf(random_model(llama_config(vocab_size=VOCABULARY)), tmp_path / "t.gguf", extra=extra)
+    with pytest.raises(SourceError, match=why):
+        open_source(file)
 
 
 def test_read_is_a_copy(tmp_path: Path):
