@@ -197,7 +197,7 @@ def evaluate(
         from logitwise.report.files import check_place, write_whole
 
         if json_file is not None:
-            check_place(json_file, "--json")
+            check_place(json_file, "--json", *filter(None, (text, jsonl)))
         spec = f"text:{text}" if text is not None else f"jsonl:{jsonl}"
         found = run(
             model, text=spec, reference=reference, rows=rows, row_tokens=row_tokens, device=device, watcher=watcher

@@ -10,7 +10,7 @@ import torch
 
 from logitwise.calibration import documents_of, separator_of
 from logitwise.calibration.rows import Rows, pack
-from logitwise.errors import CalibrationError
+from logitwise.errors import CalibrationError, RecipeError
 from logitwise.machine import choose_machine, repeatable, versions
 from logitwise.measure.likelihood import VERSION, Likelihood, as_json, likelihood, outputs
 from logitwise.pair import check_shapes
@@ -79,12 +79,15 @@ def evaluate(
         text: `text:FILE`, `jsonl:FILE` or `hf:NAME`.
         reference: the full-precision model; without one KL is 0 and agreement 1 against the model itself.
         rows: at most this many non-overlapping rows.
-        row_tokens: tokens a row.
+        row_tokens: tokens a row, 8 at least.
         device: where to compute.
         watcher: hears how far it is.
 
     Errors: InputError.
     """
+    for name, value, least in (("rows", rows, 1), ("row_tokens", row_tokens, 8)):
+        if value < least:
+            raise RecipeError(f"{name} is {value}", f"it is at least {least}", "give another number")
     device = choose_machine(Recipe.load(None, device=device))["device"].value
     source = open_stored(model)
     against = source if reference is None else open_source(reference)
@@ -95,6 +98,9 @@ def evaluate(
         raise CalibrationError("a model is not evaluated on its own text", "it was asked for", "give --text or --jsonl")
     documents = documents_of(text, tokenizer, _no_model, tokens=(rows + 1) * row_tokens, seed=0)
     packed = pack(documents, separator_of(tokenizer), row_tokens)[:rows]
+    if not bool((packed.weights > 0).any()):
+        why = f"nothing that counts is in the first {len(packed)} rows of {row_tokens} tokens"
+        raise CalibrationError(f"{text} has nothing to predict", why, "give more rows, or longer ones")
     alone = against is source
     measured = measure_models([source] if alone else [source, against], against, packed, device, watcher)
     conditions = {

@@ -162,6 +162,8 @@ def outline(model: str | Path, recipe: Recipe, reads_text: bool, revision: str |
     check_tokenizer(source)
     device, dtype = torch.device(choices["device"].value), getattr(torch, choices["compute_dtype"].value)
     skeleton = Skeleton(source, device, dtype)
+    if reads_text:
+        skeleton.check_positions(recipe.row_tokens)
     check_windows(recipe, len(skeleton))
     kept = keeper(recipe.keep)
     every = [slot for block in range(len(skeleton)) for slot in skeleton.slots(block)]

@@ -33,6 +33,10 @@ FALLS_WITH = {
 """By choice: the keys of a preset or file that mean nothing where another choice is asked for than its own."""
 
 
+MOST_SEED = 2**62 - 1
+"""What every generator takes, and has room to be added to."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A value that logitwise chose itself, and why."""
@@ -208,7 +212,7 @@ class Recipe(_Frozen):
     polish_rows: int | None = Field(None, ge=1, description="calibration rows of the polish; None: all there are")
     polish_fresh: bool = Field(False, description="write new rows while the polish goes on, until held-out KL is flat")
 
-    seed: int = Field(0, ge=0, lt=2**62)
+    seed: int = Field(0, ge=0, le=MOST_SEED)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type blocks are computed in")
     streams: Literal["auto", "device", "cpu", "disk"] = Field(

@@ -27,7 +27,7 @@ from logitwise.formats.checkpoint import check_output, staged, write_json
 from logitwise.fused import pays
 from logitwise.grid import Quantized
 from logitwise.machine import choose_machine, repeatable, versions
-from logitwise.measure.figure import Figure
+from logitwise.measure.figure import Figure, figure_as_json
 from logitwise.measure.likelihood import Likelihood, as_json, kl_difference
 from logitwise.objectives import OBJECTIVES
 from logitwise.pair import Pair, open_pair
@@ -153,7 +153,7 @@ def refit(
                 "changed": sorted(changed),
                 "before": as_json(before),
                 "after": as_json(after),
-                "less": vars(less),
+                "less": figure_as_json(less),
                 "versions": versions(),
                 "seconds": round(time.monotonic() - began, 1),
             }

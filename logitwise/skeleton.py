@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from logitwise.activations import Streams
 from logitwise.attention import ordered_attention
 from logitwise.carrying import through
-from logitwise.errors import SourceError
+from logitwise.errors import CalibrationError, SourceError
 from logitwise.head import Head
 from logitwise.source.base import Source
 
@@ -250,6 +250,7 @@ class Skeleton:
         streams: Streams | None = None,
     ) -> Float[Tensor, "rows tokens d"]:
         """The hidden states that enter the first block; on the device where no other place is given."""
+        self.check_positions(ids.shape[1])
         place = streams or Streams.on(self.device)
         made: list[Tensor] = []
         done = 0
@@ -267,6 +268,22 @@ class Skeleton:
                 self._run_base(rows)
         return made[0]
 
+    def check_positions(self, tokens: int) -> None:
+        """Refuses rows that are longer than a model reads whose positions are learned; others read on.
+
+        Errors: CalibrationError.
+        """
+        room: int = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0
+        words = self.model.get_input_embeddings()
+        others = [m for m in self.model.base_model.modules() if isinstance(m, nn.Embedding) and m is not words]
+        learned = any(m.num_embeddings - getattr(m, "offset", 0) == room for m in others)
+        if learned and tokens > room:
+            raise CalibrationError(
+                f"rows of {tokens} tokens are longer than {self.source.name} reads",
+                f"it has learned {room} positions",
+                f"choose --row-tokens {room} or fewer",
+            )
+
     def calls(self, tokens: int) -> list[Call]:
         """How each block is called on rows of `tokens` tokens; arguments fit any number of rows."""
         calls: dict[int, Call] = {}
@@ -282,6 +299,7 @@ class Skeleton:
 
             return act
 
+        self.check_positions(tokens)
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
         with self.outside(), torch.no_grad():
             for self._wraps_output in (False, True):

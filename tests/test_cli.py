@@ -107,6 +107,12 @@ def test_compare_with_what_is_served(place: Path) -> None:
         (["compare", "model", "--report", "x.html", "--server", "http://127.0.0.1:9/v1"], "does not answer"),
         (["compare", "model", "model", "--report", "x.txt"], "no name for a page"),
         (["compare", "model", "model", "--report", "x.html", "--tasks", "none.jsonl"], "none.jsonl"),
+        (["compare", "model", "model", "--report", "x.html", "--seed", "18446744073709551616"], "seed is 18446744"),
+        (["compare", "model", "model", "--report", "x.html", "--temperature", "nan"], "temperature is nan"),
+        (["compare", "model", "--report", "x.html", "--server", "http://localhost:80o0/v1"], "no address of a server"),
+        (["evaluate", "model", "--text", "text.txt", "--json", "text.txt"], "it is read, and would be lost"),
+        (["evaluate", "model", "--text", "text.txt", "--rows", "0"], "rows is 0"),
+        (["evaluate", "model", "--text", "text.txt", "--row-tokens", "0"], "row_tokens is 0"),
         (["inspect", "nothing/here/now"], "does not exist"),
     ],
 )

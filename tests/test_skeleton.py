@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import FAMILIES, VOCABULARY, MemorySource, tiny_model
 
-from logitwise.errors import SourceError
+from logitwise.errors import CalibrationError, SourceError
 from logitwise.skeleton import Skeleton, load_whole
 
 CPU = torch.device("cpu")
@@ -54,6 +54,22 @@ def test_whole_model_is_the_model(family: str) -> None:
     whole = load_whole(MemorySource(model), CPU, torch.float32)
     with torch.no_grad():
         assert (whole(input_ids=ids).logits - model(input_ids=ids).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_rows_beyond_learned_positions_are_refused(family: str) -> None:
+    skeleton = Skeleton(MemorySource(tiny_model(family)), CPU, torch.float32)
+    room = skeleton.model.config.max_position_embeddings
+    assert len(skeleton.calls(room)) == len(skeleton)
+    for use in (skeleton.calls, lambda tokens: skeleton.embed(torch.zeros(1, tokens, dtype=torch.int64))):
+        with pytest.raises(CalibrationError, match=f"it has learned {room} positions"):
+            use(room + 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+def test_rotary_positions_read_on(family: str) -> None:
+    skeleton = Skeleton(MemorySource(tiny_model(family)), CPU, torch.float32)
+    assert len(skeleton.calls(skeleton.model.config.max_position_embeddings + 1)) == len(skeleton)
 
 
 def test_one_block_is_in_memory_at_a_time() -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
@@ -136,8 +137,16 @@ def _parts(waiting: Iterator[tuple[int, list[int]]]) -> Iterator[list[tuple[int,
 def client_of(url: str) -> "OpenAI":
     """What asks a server; a key is read from OPENAI_API_KEY, where the server wants one.
 
-    Errors: CalibrationError where the client is not installed.
+    Errors: CalibrationError where the client is not installed, or the address is none.
     """
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        remedy = "give the address that ends in /v1, such as http://localhost:8000/v1"
+        raise CalibrationError(f"{url} is no address of a server", "it is not read as http://HOST:PORT/v1", remedy)
     if find_spec("openai") is None:
         raise CalibrationError(
             "the package openai is not installed", "it asks the server", "pip install logitwise[server]"

@@ -30,7 +30,7 @@ from logitwise.errors import RecipeError
 from logitwise.evaluation import size_of
 from logitwise.machine import choose_machine, versions
 from logitwise.measure.divergence import VERSION
-from logitwise.recipe import Recipe
+from logitwise.recipe import MOST_SEED, Recipe
 from logitwise.report.files import check_places, write_report
 from logitwise.report.sentences import sentences
 from logitwise.runfolder import RunFolder
@@ -102,8 +102,8 @@ def compare(
     Errors: InputError for what is refused before the work; MachineError where the machine fails, to be resumed.
     """
     page = Path(report)
-    check_places(page)
-    _check_numbers(answer_tokens, temperature, samples, tasks)
+    check_places(page, *(place for place in (prompts, tasks) if place))
+    _check_numbers(answer_tokens, temperature, samples, seed, tasks)
     standard = _named(lm_eval, lm_eval_limit)
     machine = {name: choice.value for name, choice in choose_machine(Recipe.load(None, device=device)).items()}
     asked = read_asked(prompts, tasks, extractor, seed)
@@ -115,6 +115,7 @@ def compare(
             folder.empty()
         manner = Manner(answer_tokens, 0.0, seed, machine["device"], machine["compute_dtype"])
         work = Work(reference, others, asked, manner, folder, watcher)
+        work.prove()
         own, answers = work.answers()
         rows_by = work.write(reference, work.prompts, replace(manner, temperature=temperature)) if temperature else own
         tokens = work.tokens(rows_by)
@@ -164,18 +165,20 @@ def compare(
         return Compared(page, findings)
 
 
-def _check_numbers(answer_tokens: int, temperature: float, samples: int, tasks: object) -> None:
+def _check_numbers(answer_tokens: int, temperature: float, samples: int, seed: int, tasks: object) -> None:
     """Refuses numbers that mean nothing.
 
     Errors: RecipeError.
     """
-    for name, value, least in (
-        ("answer_tokens", answer_tokens, 1),
-        ("temperature", temperature, 0),
-        ("samples", samples, 0),
+    for name, value, least, most in (
+        ("answer_tokens", answer_tokens, 1, None),
+        ("temperature", temperature, 0, 100),
+        ("samples", samples, 0, None),
+        ("seed", seed, 0, MOST_SEED),
     ):
-        if value < least:
-            raise RecipeError(f"{name} is {value}", f"it is at least {least}", "give another number")
+        if not value >= least or (most is not None and value > most):
+            within = f"it is at least {least}" if most is None else f"it is from {least} to {most}"
+            raise RecipeError(f"{name} is {value}", within, "give another number")
     if samples and tasks is None:
         raise RecipeError("samples were asked for without tasks", "pass@k is of problems", "give tasks too")
 

@@ -19,7 +19,7 @@ from logitwise.measure.answers import THINK_MARKERS, first_different, loops, pla
 from logitwise.measure.bins import CONFIDENCE_EDGES, growth, in_bins, position_edges
 from logitwise.measure.confidence import calibration, forking, turning_ids
 from logitwise.measure.divergence import Divergence
-from logitwise.measure.figure import Figure, mean_over_units, paired_shares, spread
+from logitwise.measure.figure import Figure, exponential, mean_over_units, paired_shares, spread
 from logitwise.measure.flips import DECIDED, Flips, flips
 
 CONTEXT = 16  # tokens shown before a flipped one
@@ -56,7 +56,7 @@ def token_findings(
             "kl": {**_spread(found.kl), "mean": mean_over_units(found.kl, unit)},
             "reverse_kl": {**_spread(found.reverse_kl), "mean": mean_over_units(found.reverse_kl, unit)},
             "top1": mean_over_units(found.agrees, unit),
-            "perplexity": Figure(math.exp(nll.mean), math.exp(nll.mean) * nll.error),
+            "perplexity": exponential(nll),
             "kl_by_confidence": in_bins(found.kl, unit, found.teacher_confidence, CONFIDENCE_EDGES),
             "kl_by_position": in_bins(found.kl, unit, position, edges),
             "top1_by_position": in_bins(found.agrees, unit, position, edges),

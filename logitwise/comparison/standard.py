@@ -28,7 +28,7 @@ from logitwise.comparison.harness import SEEDS, Harness, Item
 from logitwise.comparison.written import Manner
 from logitwise.errors import MachineError
 from logitwise.machine import repeatable
-from logitwise.measure.figure import bootstrap_interval
+from logitwise.measure.figure import FEWEST, bootstrap_interval
 from logitwise.runfolder import RunFolder, chain
 from logitwise.skeleton import load_whole
 from logitwise.watch import Watcher
@@ -261,7 +261,7 @@ def _interval(
     count = sum(map(len, values[0]))
     for weights in ([1.0] * len(names), [count / (len(names) * len(one)) for one in values[0]]):
         own, original = (torch.cat([w * one for w, one in zip(weights, side, strict=True)]) for side in values)
-        if count > 1 and np.allclose([float(own.mean()), float(original.mean())], means, rtol=1e-6, atol=0):
+        if count >= FEWEST and np.allclose([float(own.mean()), float(original.mean())], means, rtol=1e-6, atol=0):
             return bootstrap_interval(own - original, seed)
     return None
 

@@ -38,6 +38,7 @@ class Work:
     ) -> None:
         self.reference, self.others, self.asked, self.manner = reference, others, asked, manner
         self.folder, self.watcher = folder, watcher
+        self.skeleton = Skeleton(reference.source, torch.device(manner.device), torch.float32)
         self.tokenizer = reference.source.tokenizer()
         self.prompts = self._read(asked.prompts)
         self.problems = self._read([problem.prompt for problem in asked.problems])
@@ -58,11 +59,20 @@ class Work:
         ends: Sequence[int] = (),
         title: str = "answers",
     ) -> Answers:
-        """A model's answers; `ends`, of full precision, are for those that a server gives."""
+        """A model's answers; `ends` are those of full precision, where it is not that model."""
         if isinstance(candidate, Served):
             return ask_answers(candidate, prompts, manner, ends, self.folder, self.watcher, title)
         ids = [prompt.ids for prompt in prompts]
-        return write_answers(candidate, self.tokenizer, ids, manner, self.folder, self.watcher, title)
+        return write_answers(candidate, self.tokenizer, ids, manner, self.folder, self.watcher, title, ends)
+
+    def prove(self) -> None:
+        """Refuses a model that cannot be replayed block by block, before anything is written.
+
+        Errors: SourceError.
+        """
+        with self.watcher.stage("Proving the replay", 1) as stage:
+            self.skeleton.prove()
+            stage.advance()
 
     def answers(self) -> tuple[Answers, list[Answers]]:
         """Every model's greedy answers to the prompts, full precision's first."""
@@ -82,11 +92,7 @@ class Work:
 
     def tokens(self, answers: Answers) -> Json:
         """Every other model's probabilities on full precision's answers, and those of full precision in bfloat16."""
-        original, device = self.reference, torch.device(self.manner.device)
-        skeleton = Skeleton(original.source, device, torch.float32)
-        with self.watcher.stage("Proving the replay", 1) as stage:
-            skeleton.prove()
-            stage.advance()
+        original, skeleton, device = self.reference, self.skeleton, torch.device(self.manner.device)
         rows = rows_of([prompt.ids for prompt in self.prompts], answers.ids)
         teacher = teach(original, rows, skeleton, self.folder, self.watcher)
         head = skeleton.head(original.source)

@@ -60,8 +60,12 @@ def write_answers(
     folder: RunFolder,
     watcher: Watcher,
     title: str = "answers",
+    ends: Sequence[int] = (),
 ) -> Answers:
     """A model's answers to tokenized prompts, in their order; those that the folder has are read.
+
+    They end at a token of `ends`, or else of the model's own: what a checkpoint's files say of it is not the damage of
+    its weights, and not every format holds it all.
 
     Similar lengths are answered together: what a batch pads is computed for nothing.
     """
@@ -71,29 +75,32 @@ def write_answers(
     parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     model: PreTrainedModel | None = None
     found: dict[int, list[int]] = {}
-    ends: list[int] = []
+    found_ends: list[int] = []
+    stop = torch.tensor(sorted(ends), dtype=torch.long, device=manner.device)
     with watcher.stage(f"{candidate.name}: {title}", len(prompts)) as stage:
         for number, part in enumerate(parts):
             asked = [prompts[index] for index in part]
-            key = chain("answers", model=candidate.digest, prompts=asked, part=number, **asdict(manner))
+            key = chain(
+                "answers", model=candidate.digest, prompts=asked, part=number, ends=sorted(ends), **asdict(manner)
+            )
             if not folder.has(key):
                 if model is None:
                     model = load_whole(candidate.source, torch.device(manner.device), getattr(torch, manner.dtype))
                 sampler = Sampler(manner.temperature, torch.Generator(manner.device).manual_seed(manner.seed + number))
-                stop = end_ids(model, tokenizer)
+                stop = stop if len(stop) else end_ids(model, tokenizer)
                 share = _share(asked, manner.answer_tokens, len(found), stage.reach)
                 ids = answer(model, asked, stop, manner.answer_tokens, NO_BUDGET, sampler, share)
                 folder.save_tensors(key, {}, {"answers": ids, "ends": stop.tolist()})
             record = folder.record(key)
             found |= dict(zip(part, record["answers"], strict=True))
-            ends = record["ends"]
+            found_ends = record["ends"]
             stage.reach(len(found))
     if model is not None:
         del model
         gc.collect()  # a model's modules refer to one another
         torch.cuda.empty_cache()
     ids = [found[index] for index in range(len(prompts))]
-    return Answers(ids, [one[-1] in ends for one in ids], ends)
+    return Answers(ids, [one[-1] in found_ends for one in ids], found_ends)
 
 
 def _share(

@@ -15,6 +15,9 @@ from torch import Tensor
 DRAWS_AT_ONCE = 1 << 22
 """Of the bootstrap: 32 MiB of indices."""
 
+FEWEST = 6
+"""Pairs that can tell two shares apart: five that all differ one way do so by chance in 6 of 100 (sign test)."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -32,6 +35,21 @@ class Spread:
     median: float
     p90: float
     p99: float
+
+
+def exponential(figure: Figure) -> Figure:
+    """exp(x), whose error is exp(x) times that of x; infinite beyond what a float holds."""
+    try:
+        value = math.exp(figure.mean)
+    except OverflowError:
+        return Figure(math.inf, math.nan)
+    return Figure(value, value * figure.error)
+
+
+def figure_as_json(figure: Figure) -> dict[str, float | None]:
+    """A figure as JSON values: null where there is no such number."""
+    both = {"mean": figure.mean, "standard_error": figure.error}
+    return {name: value if math.isfinite(value) else None for name, value in both.items()}
 
 
 def sums_by_unit(
@@ -70,10 +88,13 @@ def spread(values: Float[Tensor, " tokens"]) -> Spread:
     return Spread(float(values.mean()), *torch.quantile(values, levels).tolist())
 
 
-def paired_shares(own: Sequence[bool], original: Sequence[bool], seed: int = 0) -> tuple[float, list[float]]:
-    """How much larger the share of yeses is in `own` than in `original`, asked the same, and its 95 % interval."""
+def paired_shares(own: Sequence[bool], original: Sequence[bool], seed: int = 0) -> tuple[float, list[float] | None]:
+    """How much larger the share of yeses is in `own` than in `original`, asked the same, and its 95 % interval.
+
+    None for the interval of fewer than `FEWEST`.
+    """
     more = torch.tensor(own, dtype=torch.float64) - torch.tensor(original, dtype=torch.float64)
-    return float(more.mean()), [*bootstrap_interval(more, seed)]
+    return float(more.mean()), [*bootstrap_interval(more, seed)] if len(more) >= FEWEST else None
 
 
 def bootstrap_interval(

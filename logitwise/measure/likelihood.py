@@ -6,7 +6,6 @@ agreement is the share of positions where greedy decoding would take the same to
 happens once a model has gone its own way, they do not see.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from logitwise.calibration.rows import Rows
 from logitwise.head import Head
-from logitwise.measure.figure import Figure, mean_of_units, sums_by_unit
+from logitwise.measure.figure import Figure, exponential, figure_as_json, mean_of_units, sums_by_unit
 from logitwise.objectives.soft import Comparison, compare
 from logitwise.skeleton import Skeleton
 from logitwise.source.base import Source
@@ -96,8 +95,7 @@ def summarise(found: Comparison, row: Tensor, weights: Float[Tensor, "tokens"]) 
     nll = mean_of_units(sums_by_unit(found.student_nll, row, weights))
     kl_by_row = sums_by_unit(found.kl, row, weights)
     return Likelihood(
-        # The error of exp(x) is exp(x) times that of x.
-        perplexity=Figure(math.exp(nll.mean), math.exp(nll.mean) * nll.error),
+        perplexity=exponential(nll),
         kl=mean_of_units(kl_by_row),
         top1=mean_of_units(sums_by_unit(found.agrees, row, weights)),
         tokens=len(weights),
@@ -113,8 +111,5 @@ def kl_difference(one: Likelihood, other: Likelihood) -> Figure:
 
 def as_json(found: Likelihood) -> dict[str, Any]:
     """The figures as JSON values, each with its standard error."""
-    figures = {name: getattr(found, name) for name in ("perplexity", "kl", "top1")}
-    return {
-        **{name: {"mean": figure.mean, "standard_error": figure.error} for name, figure in figures.items()},
-        "tokens": found.tokens,
-    }
+    figures = {name: figure_as_json(getattr(found, name)) for name in ("perplexity", "kl", "top1")}
+    return {**figures, "tokens": found.tokens}

@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\d[\d,]*(?:\.\d+)?")
+"""With its sign, which a minus between two numbers is not."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ def after_hashes(text: str) -> str | None:
 
 
 def gsm8k(text: str) -> str | None:
-    """GSM8K's: what follows `####`, else the last number, since few models write the mark unasked."""
-    return after_hashes(text) if "####" in text else last_number(text)
+    """GSM8K's: the number after the last `####` that has one, else the last; `####` begins headings, too."""
+    marked = re.findall(rf"####\s*\$?({NUMBER.pattern})", text)
+    return _plain(marked[-1]) if marked else last_number(text)
 
 
 def after_answer(text: str) -> str | None:
@@ -48,9 +50,12 @@ def exact(text: str) -> str | None:
 
 
 def choice(text: str) -> str | None:
-    """The letter of a choice: after the last `answer is` or `Answer:`, else the last one that stands alone, A to J."""
-    marked: list[str] = re.findall(r"(?i:answer)(?:\s+is)?:?\s*\**\(?([A-J])\b", text)
-    alone: list[str] = re.findall(r"(?<![\w'])\(?([A-J])\b(?!['\w])", text)
+    """The letter of a choice: after the last `answer is` or `Answer:`, else the last one that stands alone, A to J.
+
+    A and I are words, too: alone they are letters where they are in brackets or something closes them.
+    """
+    marked: list[str] = re.findall(r"(?i:answer)(?:\s+is:?|:)\s*\**\(?([A-J])\b", text)
+    alone: list[str] = re.findall(r"(?<![\w'])([B-HJ]\b(?!')|(?<=\()[AI](?=\))|[AI](?=[.):,*]|\s*$))", text)
     found = marked or alone
     return found[-1] if found else None
 
@@ -68,7 +73,8 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {
 def right(problem: Problem, text: str, extractor: str) -> bool:
     """Whether a text's answer is the problem's, once the extractor has read both; a reference may be bare."""
     extract = EXTRACTORS[extractor]
-    wanted = extract(problem.answer) or problem.answer.strip()
+    bare = problem.answer.strip()
+    wanted = extract(problem.answer) or (_plain(bare) if NUMBER.fullmatch(bare) else bare)
     return extract(text) == wanted
 
 
@@ -88,5 +94,5 @@ def pass_at_k(tries: int, rights: int, k: int) -> float:
 
 
 def _plain(number: str) -> str:
-    number = number.replace(",", "")
+    number = number.replace(",", "").replace("\u2212", "-")
     return number.rstrip("0").rstrip(".") if "." in number else number

@@ -1,5 +1,6 @@
 """The tables and sentences of each command, from what its public function returned."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def show_refitted(console: Console, found: Refitted) -> None:
         highlight=False,
     )
     share = found.less.mean / found.before.kl.mean
-    console.print(f"KL is lower by {found.less.mean:.4f} ± {found.less.error:.4f} ({share:.0%}), row by row")
+    console.print(f"KL is lower by {_with_error(found.less, 4, ' ± ')} ({share:.0%}), row by row")
     console.print(f"[bold]{escape(str(found.out))}[/]: {found.changed} tensors changed, all others as they were")
 
 
@@ -168,7 +169,10 @@ def _size(size: Size) -> list[str]:
 
 
 def _figures(found: Likelihood) -> list[str]:
-    def with_error(figure: Figure, digits: int) -> str:
-        return f"{figure.mean:.{digits}f}±{figure.error:.{digits}f}"
+    return [_with_error(found.perplexity, 1), _with_error(found.kl, 3), _with_error(found.top1, 3)]
 
-    return [with_error(found.perplexity, 1), with_error(found.kl, 3), with_error(found.top1, 3)]
+
+def _with_error(figure: Figure, digits: int, sign: str = "±") -> str:
+    """A figure and its error, where it has one."""
+    error = "" if math.isnan(figure.error) else f"{sign}{figure.error:.{digits}f}"
+    return f"{figure.mean:.{digits}f}{error}"

@@ -9,8 +9,8 @@ from logitwise.errors import MachineError, OutputError
 from logitwise.report.page import page_of
 
 
-def check_places(page: Path) -> None:
-    """Refuses a place where the report cannot be written, before any work.
+def check_places(page: Path, *read: str | Path) -> None:
+    """Refuses a place where the report cannot be written, or of a file that is `read`, before any work.
 
     Errors: OutputError.
     """
@@ -19,16 +19,18 @@ def check_places(page: Path) -> None:
             f"{page} is no name for a page", "the report is one .html file", "give a name ending in .html"
         )
     for path in (page, page.with_suffix(".json")):
-        check_place(path, "--report")
+        check_place(path, "--report", *read)
 
 
-def check_place(path: Path, option: str) -> None:
-    """Refuses a place where the file that an option asks for cannot be written, before any work.
+def check_place(path: Path, option: str, *read: str | Path) -> None:
+    """Refuses a place where the file that an option asks for cannot be written, or that is `read`, before any work.
 
     Errors: OutputError.
     """
     if path.is_dir():
         raise OutputError(f"{path} cannot be written", "it is a folder", f"choose another {option}")
+    if path.resolve() in [Path(each).resolve() for each in read]:
+        raise OutputError(f"{path} cannot be written", "it is read, and would be lost", f"choose another {option}")
     parent = path.resolve().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         why = "its folder cannot be written to" if parent.is_dir() else f"there is no folder {parent}"

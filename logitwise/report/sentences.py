@@ -63,9 +63,12 @@ def lost(original: Json, ranked: list[Json]) -> str:
             if not model["tasks"]["lost"] + model["tasks"]["gained"]:
                 parts.append(f"{model['name']} the same ones")
                 continue
-            low, high = (100 * end for end in model["tasks"]["interval"])
-            surely = "" if high < 0 or low > 0 else ", which may be chance"
-            solves = f"{model['name']} {percent(model['tasks']['accuracy'])}"
+            solves, interval = f"{model['name']} {percent(model['tasks']['accuracy'])}", model["tasks"]["interval"]
+            if interval is None:
+                parts.append(f"{solves} (too few to tell)")
+                continue
+            low, high = (100 * end for end in interval)
+            surely = "" if _above(interval) or _below(interval) else ", which may be chance"
             parts.append(f"{solves} ({signed(low)} to {signed(high)} points with 95 % confidence{surely})")
         own = original["tasks"]
         return f"Of {own['problems']} problems full precision solves {percent(own['accuracy'])}, {listed(parts)}."
@@ -90,7 +93,7 @@ def worse(model: Json) -> list[str]:
     return [
         task
         for task, metric in paired
-        if metric and (metric["interval"][1] < 0 if metric["higher_is_better"] else metric["interval"][0] > 0)
+        if metric and (_below if metric["higher_is_better"] else _above)(metric["interval"])
     ]
 
 
@@ -158,15 +161,25 @@ def faults(model: Json) -> list[str]:
     found = []
     if model["tokens"] and model["tokens"]["flips"]["decided"]["mean"] > OVERTURNED:
         found.append("it overturns decisions")
-    if model["tasks"] and model["tasks"]["interval"][1] < 0:
+    if model["tasks"] and _below(model["tasks"]["interval"]):
         found.append("it solves fewer problems")
-    if model["answers"]["ended_interval"][1] < 0:
+    if _below(model["answers"]["ended_interval"]):
         found.append("fewer of its answers end")
-    if model["answers"]["loops_interval"][0] > 0:
+    if _above(model["answers"]["loops_interval"]):
         found.append("more of them end in a loop")
     if worse(model):
         found.append(f"it is worse at {listed(worse(model))}")
     return found
+
+
+def _below(interval: list[float] | None) -> bool:
+    """Whether a difference is surely less than none."""
+    return interval is not None and interval[1] < 0
+
+
+def _above(interval: list[float] | None) -> bool:
+    """Whether it is surely more."""
+    return interval is not None and interval[0] > 0
 
 
 def percent(share: float) -> str:

@@ -83,7 +83,7 @@ class TerminalWatcher(Watcher):
             TextColumn("[dim]{task.fields[detail]}"),
         )
         with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
-            bar = _Bar(progress, f"{title:<24}", total)
+            bar = _Bar(progress, escape(f"{title:<24}"), total)
             yield bar
             bar.finish()
 
@@ -91,7 +91,7 @@ class TerminalWatcher(Watcher):
         """Into a file or a pipe: a line every minute in place of a bar."""
         began = time.monotonic()
         yield _Lines(self.console, title, total)
-        self.console.print(f"{title}: done in {clock(time.monotonic() - began)}", highlight=False)
+        self.console.print(f"{title}: done in {clock(time.monotonic() - began)}", highlight=False, markup=False)
 
     def say(self, sentence: str) -> None:
         if not self.quiet:
@@ -117,6 +117,7 @@ class _Lines(Stage):
             self.console.print(
                 f"{self.title}: {100 * units / self.total:.0f} %, {clock(left)} left {detail}".rstrip(),
                 highlight=False,
+                markup=False,
             )
             self.spoke = now
 

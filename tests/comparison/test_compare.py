@@ -1,20 +1,24 @@
 """A comparison of tiny models from folder to page: figures, what is kept, what is refused."""
 
 import json
+import shutil
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import pytest
 import torch
 from report_findings import findings
+from rich.console import Console
 from source_files import decided_model, llama_config, random_model, save
 
 import logitwise
 from logitwise.comparison import compare, teacher, written
 from logitwise.errors import CalibrationError, OutputError, RecipeError, SourceError
 from logitwise.recipe import Recipe
+from logitwise.report.terminal import TerminalWatcher
 from logitwise.runfolder import RunFolder
 
 SCHEMA = json.loads(files("logitwise.report").joinpath("compare.schema.json").read_text("utf-8"))
@@ -153,6 +157,23 @@ def test_a_second_one_with_the_same_report_is_refused(place: Path, found: dict[s
     compared(place, "w4", "w2")
 
 
+def test_all_answers_end_where_full_precision_s_do(place: Path, found: dict[str, Any]) -> None:
+    """A checkpoint's own files, as a format or a tool leaves them, say nothing of its weights."""
+    other = shutil.copytree(place / "w4", place / "without")
+    (other / "generation_config.json").write_text('{"eos_token_id": [3, 4, 5, 6, 7, 8, 9, 10]}')
+    _, w4, _ = found["models"]
+    _, same = compared(place, "without", report="without.html", tasks=place / "tasks.jsonl", samples=2)["models"]
+    assert same["answers"] == w4["answers"]
+    assert same["tasks"] == w4["tasks"]
+
+
+def test_names_are_no_markup() -> None:
+    console = Console(file=StringIO(), width=200)
+    with TerminalWatcher(console).stage("q[int4]/[/bold]: answers", 1) as stage:
+        stage.advance()
+    assert "q[int4]/[/bold]: answers: done" in cast(StringIO, console.file).getvalue()
+
+
 def test_another_answer_length_is_another_measurement(place: Path, found: dict[str, Any]) -> None:
     shorter = compared(place, "w4", answer_tokens=6)
     assert shorter["conditions"]["measured_on"]["tokens"] <= 6 * len(PROMPTS)
@@ -188,6 +209,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"extractor": "exact"}, RecipeError, "'exact' has no tasks"),
         ({"answer_tokens": 0}, RecipeError, "answer_tokens is 0"),
         ({"samples": 3}, RecipeError, "pass@k is of problems"),
+        ({"tasks": "refused.json"}, OutputError, "it is read, and would be lost"),
     ],
 )
 def test_refused_before_any_work(place: Path, change: dict[str, Any], error: type[Exception], words: str) -> None:

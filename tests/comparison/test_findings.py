@@ -24,12 +24,15 @@ def answers(*texts: str, ended: bool = True) -> Answers:
 
 def test_answers_beside_one_another() -> None:
     original, own = answers("the hen", "a net"), answers("the hat", "a net")
+    many, ours = answers(*["a net"] * 6), answers(*["a net"] * 6)
+    alike = answer_findings(ours, many, ["?"] * 6, WORDS)
+    assert alike["ended_interval"] == alike["loops_interval"] == [0, 0]
     found = answer_findings(own, original, ["?", "?"], WORDS)
     assert found["identical"] == 0.5
     assert found["first_different_median"] == 3  # the, space, h | e
     assert found["survival"] == [1, 1, 1, 1, 0.5, 0.5, 0.5]
     assert found["ended"] == 1
-    assert found["ended_interval"] == found["loops_interval"] == [0, 0]
+    assert found["ended_interval"] is found["loops_interval"] is None  # too few
     assert found["thinking"] is None
     first, second = side_by_side(original, [original], [own], ["one", "two"], WORDS)
     assert first["prompt"] == "one"
@@ -39,7 +42,8 @@ def test_answers_beside_one_another() -> None:
 
 
 def test_answers_that_loop_and_never_end() -> None:
-    found = answer_findings(answers("ha" * 20, ended=False), answers("a net"), ["?"], WORDS)
+    looping, whole = answers(*["ha" * 20] * 6, ended=False), answers(*["a net"] * 6)
+    found = answer_findings(looping, whole, ["?"] * 6, WORDS)
     assert (found["loops"], found["ended"], found["identical"]) == (1, 0, 0)
     assert (found["loops_interval"], found["ended_interval"]) == ([1, 1], [-1, -1])
     assert found["repeated"] > 0.9
@@ -62,10 +66,11 @@ def test_thinking_is_counted_where_it_is_opened() -> None:
 
 
 def test_problems_lost_and_gained() -> None:
-    found = task_findings([True, False, False, True], [True, True, True, False], seed=0)
-    assert (found["accuracy"], found["difference"], found["lost"], found["gained"]) == (0.5, -0.25, 2, 1)
+    found = task_findings([True, False, False, True] * 2, [True, True, True, False] * 2, seed=0)
+    assert (found["accuracy"], found["difference"], found["lost"], found["gained"]) == (0.5, -0.25, 4, 2)
     assert found["interval"][0] < -0.25 < found["interval"][1]
-    assert task_findings([True, False], [True, False], seed=0)["interval"] == [0, 0]
+    assert task_findings([True, False] * 3, [True, False] * 3, seed=0)["interval"] == [0, 0]
+    assert task_findings([False] * 5, [True] * 5, seed=0)["interval"] is None
 
 
 def test_marks_of_several_tries() -> None:

@@ -100,6 +100,9 @@ def test_a_difference_by_chance_is_no_fault(findings: dict[str, Any]) -> None:
     assert faults(good) == []
     good["tasks"]["interval"] = [-0.2, -0.01]
     assert faults(good) == ["it solves fewer problems"]
+    good["tasks"]["interval"] = good["answers"]["ended_interval"] = good["answers"]["loops_interval"] = None
+    assert faults(good) == []
+    assert "(too few to tell)" in sentences(findings)[1]
 
 
 def test_nothing_fit_is_not_recommended(findings: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ section("Their answers", `Greedy answers of at most ${count(found.conditions.ans
     ["thinking closes", (row) => plain(row.answers.thinking?.closed, share)],
     ["mean tokens", (row) => plain(row.answers.tokens.mean, (value) => value.toFixed(0))],
     ["problems solved", (row) => plain(row.tasks?.accuracy, share)],
-    ["difference", (row) => (row.tasks && !row.original ? { sort: row.tasks.difference, text: points(row.tasks.difference), error: ` (${points(row.tasks.interval[0])} to ${points(row.tasks.interval[1])})` } : null)],
+    ["difference", (row) => (row.tasks && !row.original ? { sort: row.tasks.difference, text: points(row.tasks.difference), error: row.tasks.interval ? ` (${points(row.tasks.interval[0])} to ${points(row.tasks.interval[1])})` : "" } : null)],
     ["lost, gained", (row) => (row.tasks && !row.original ? { sort: row.tasks.lost, text: `${row.tasks.lost}, ${row.tasks.gained}` } : null)],
     ...(original.tasks?.pass_at_k?.values ?? []).map(({ k }, index) => [`pass@${k}`, (row) => plain(row.tasks.pass_at_k.values[index].value, share)]),
   ], found.models));
