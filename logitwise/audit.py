@@ -19,9 +19,14 @@ class Fate:
 
 
 def keeper(patterns: Iterable[str]) -> Callable[[Slot], bool]:
-    """Whether a slot stays in full precision: its module's name matches a shell pattern, or contains it."""
+    """Whether a slot stays in full precision: its module's name matches one of the patterns."""
     chosen = tuple(patterns)
-    return lambda slot: any(fnmatch(slot.module, pattern) or pattern in slot.module for pattern in chosen)
+    return lambda slot: any(matches(pattern, slot.module) for pattern in chosen)
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a shell pattern is that of a module's name, or of a part of it from one dot to another."""
+    return fnmatch(f".{module}.", f"*.{pattern.strip('.')}.*")
 
 
 def audit(source: Source, slots: list[Slot], kept: Callable[[Slot], bool]) -> list[Fate]:

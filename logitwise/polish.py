@@ -107,15 +107,19 @@ class Polish:
         self.streams = streams or Streams.on(skeleton.device)
         self.skeleton, self.recipe, self.held_out, self.rows, self.ranks = skeleton, recipe, held_out, rows, ranks
         self.quantized, self.kept, self.teacher = quantized, kept, teacher or skeleton
-        self.stored = skeleton.source.dtype
+        self._stored: dict[str, torch.dtype] = {}  # of norms and biases, by name
         self.resident = self._fits()
         self.blocks = [self._open(block) for block in range(len(skeleton))]
         self.head = skeleton.head()
         self.teacher_head = self.head if teacher is None else teacher.head()
         # Copies: the teacher goes on through the head as it is.
         self.after = [
-            {key: nn.Parameter(p.float().clone()) for key, p in module.named_parameters() if p.dim() == 1}
-            for module in self.head.after
+            {
+                key: nn.Parameter(self._noted(f"{name}.{key}").float().clone())
+                for key, p in module.named_parameters()
+                if p.dim() == 1
+            }
+            for name, module in zip(self.head.after_names, self.head.after, strict=True)
         ]
 
     def _fits(self) -> bool:
@@ -129,7 +133,7 @@ class Polish:
             slot: nn.Parameter(torch.zeros_like(q.scale, dtype=torch.float32)) for slot, q in frozen.codes.items()
         }
         vectors = {
-            key: nn.Parameter(self._source(index, key).float().clone())
+            key: nn.Parameter(self._noted(f"{self.skeleton.blocks_name}.{index}.{key}").float().clone())
             for key, parameter in self.skeleton.blocks[index].named_parameters()
             if parameter.dim() == 1
         }
@@ -145,6 +149,12 @@ class Polish:
         }
         return _Frozen(codes, matrices)
 
+    def _noted(self, name: str) -> Tensor:
+        """A norm or bias as it is stored, in a type that it keeps."""
+        found = self.skeleton.source.read(name)
+        self._stored[name] = found.dtype
+        return found.to(self.skeleton.device)
+
     def _source(self, index: int, key: str) -> Tensor:
         return self.skeleton.source.read(f"{self.skeleton.blocks_name}.{index}.{key}").to(self.skeleton.device)
 
@@ -155,7 +165,8 @@ class Polish:
         frozen = block.frozen or self._read(index)
         weights = dict(frozen.matrices)
         for key, vector in block.vectors.items():
-            weights[key] = store_through(vector, self.stored).to(dtype)
+            stored = self._stored[f"{self.skeleton.blocks_name}.{index}.{key}"]
+            weights[key] = store_through(vector, stored).to(dtype)
         for slot, q in frozen.codes.items():
             scale = scaled(q.scale, block.log_factors[slot])
             codes = split(q.codes.float(), scale.shape[1]) - q.zero.float().unsqueeze(-1)
@@ -167,8 +178,11 @@ class Polish:
 
     def _normed(self, hidden: Tensor) -> Tensor:
         """What the student's vocabulary projection reads."""
-        for module, vectors in zip(self.head.after, self.after, strict=True):
-            own = {key: store_through(vector, self.stored).to(hidden.dtype) for key, vector in vectors.items()}
+        for name, module, vectors in zip(self.head.after_names, self.head.after, self.after, strict=True):
+            own = {
+                key: store_through(vector, self._stored[f"{name}.{key}"]).to(hidden.dtype)
+                for key, vector in vectors.items()
+            }
             hidden = functional_call(module, own, (hidden,))
         return hidden
 
@@ -284,10 +298,11 @@ class Polish:
                 if q.minimum is not None:
                     minima[slot.name] = scaled(q.minimum, factor).to(q.grid.scale_dtype)
             for key, vector in block.vectors.items():
-                vectors[f"{self.skeleton.blocks_name}.{index}.{key}"] = vector.to(self.stored)
+                name = f"{self.skeleton.blocks_name}.{index}.{key}"
+                vectors[name] = vector.to(self._stored[name])
         for name, own in zip(self.head.after_names, self.after, strict=True):
             for key, vector in own.items():
-                vectors[f"{name}.{key}"] = vector.to(self.stored)
+                vectors[f"{name}.{key}"] = vector.to(self._stored[f"{name}.{key}"])
         return scales, minima, vectors
 
 

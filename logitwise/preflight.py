@@ -1,7 +1,7 @@
 """Everything that can be refused is refused here, before any work; what passes is a `Job`."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from logitwise.audit import Fate, audit, keeper
+from logitwise.audit import Fate, audit, keeper, matches
 from logitwise.calibration import check_spec, file_of, writes
 from logitwise.errors import FormatError, RecipeError, SourceError
 from logitwise.formats import FORMATS, Described, Format, choose
@@ -18,7 +18,7 @@ from logitwise.machine import choose_machine
 from logitwise.objectives import OBJECTIVES
 from logitwise.polish import POLISHED
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
-from logitwise.recipe import Choice, Recipe, not_possible
+from logitwise.recipe import Choice, Learning, Recipe, not_possible
 from logitwise.rewrites import Fold, find_folds, takes
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedSource, check_tokenizer, check_weights, open_source
@@ -150,7 +150,7 @@ def outline(model: str | Path, recipe: Recipe, reads_text: bool, revision: str |
     Errors: InputError.
     """
     _check_names(recipe)
-    _check_roles(recipe)
+    check_roles(_tables(recipe))
     _check_read(recipe)
     check_settings(recipe)
     if reads_text:
@@ -167,6 +167,7 @@ def outline(model: str | Path, recipe: Recipe, reads_text: bool, revision: str |
     check_windows(recipe, len(skeleton))
     kept = keeper(recipe.keep)
     every = [slot for block in range(len(skeleton)) for slot in skeleton.slots(block)]
+    _check_keep(recipe.keep, [*(slot.module for slot in every), *skeleton.linear_modules()])
     choices["format"] = _check_slots([slot for slot in every if not kept(slot)], recipe)
     form, described = FORMATS[choices["format"].value], describe(source, skeleton)
     if (reason := form.holds_model(described)) is not None:
@@ -220,11 +221,18 @@ def _check_names(recipe: Recipe) -> None:
             )
 
 
-def _check_roles(recipe: Recipe) -> None:
+def _tables(recipe: Recipe) -> dict[str, tuple[Mapping[str, Learning] | None, Sequence[str]]]:
     roles = roles_of(recipe)
     tables = {"learning": (recipe.learning, roles), "learning_last": (recipe.learning_last, roles)}
     tables |= {f"windows.{i}.learning": (own.learning, roles) for i, own in enumerate(recipe.windows)}
-    tables |= {"polish_learning": (recipe.polish_learning, list(POLISHED))}
+    return {**tables, "polish_learning": (recipe.polish_learning, POLISHED)}
+
+
+def check_roles(tables: Mapping[str, tuple[Mapping[str, Learning] | None, Sequence[str]]]) -> None:
+    """Refuses what no parameter learns by, given the roles that each table is read for.
+
+    Errors: RecipeError.
+    """
     for table, (given, read) in tables.items():
         for role in given or {}:
             if role not in read:
@@ -261,6 +269,12 @@ def _check_read(recipe: Recipe) -> None:
         (("bits",), recipe.target_bits is None, "--target-bits gives each layer its bits", "choose one of the two"),
         (("sensitivity",), recipe.target_bits is not None, "there is no --target-bits", "add --target-bits"),
         (("fresh_last",), not recipe.shrink, "a window that shrinks has no fresh rows", "choose one of the two"),
+        (
+            ("fresh_last",),
+            not method.reads_progress,
+            f"{recipe.method} goes by the share of its steps that is done, and fresh rows end when nothing is gained",
+            "choose another --method",
+        ),
     ]
     for keys, read, why, instead in cases:
         for key in keys:
@@ -290,6 +304,15 @@ def check_settings(recipe: Recipe) -> None:
         setting = str(error.errors()[0]["loc"][0])
         remedy = f"change it, or leave it out for {known[setting]}"
         raise not_possible(f"objective_settings.{setting}", error, remedy) from error
+
+
+def _check_keep(patterns: Sequence[str], modules: list[str]) -> None:
+    """Refuses a pattern that keeps nothing: what was meant would be quantized."""
+    for pattern in patterns:
+        if not any(matches(pattern, module) for module in modules):
+            near = difflib.get_close_matches(pattern, modules, 1, cutoff=0)
+            why = "it is a shell pattern of a name, or of a part from one dot to another"
+            raise RecipeError(f"--keep {pattern} names no layer", why, f"one is called {near[0]}")
 
 
 def _check_slots(slots: list[Slot], recipe: Recipe) -> Choice:

@@ -68,6 +68,11 @@ def _in_order(value: Any) -> Any:
     return tuple(name for name in REWRITES if name in names) if known else names
 
 
+def _size_or_channel(value: Any) -> Any:
+    """TOML has no None: a recipe's file says `channel`, as a layer's grid does."""
+    return None if value == "channel" else value
+
+
 class Learning(_Frozen):
     """How the parameters of one role are learned."""
 
@@ -132,7 +137,9 @@ class Recipe(_Frozen):
     """Every option of a run. The command line's options have the same names."""
 
     bits: int = Field(4, ge=2, le=8, description="bits a weight")
-    group_size: int | None = Field(64, ge=8, description="weights that share a scale; None: one scale a channel")
+    group_size: Annotated[int | None, BeforeValidator(_size_or_channel)] = Field(
+        64, ge=8, description="weights that share a scale; channel, or None: one scale a channel"
+    )
     symmetric: bool | None = Field(
         None,
         description="fixed zero point in the middle of the range; None: not, but where layers differ in their grid, "
@@ -140,7 +147,9 @@ class Recipe(_Frozen):
     )
     scale_dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="type of stored scales")
     format: str = Field("auto", description="checkpoint format, or auto")
-    keep: tuple[str, ...] = Field((), description="patterns of weights to leave in full precision")
+    keep: tuple[str, ...] = Field(
+        (), description="patterns of layers' names, or of parts of them, to leave in full precision"
+    )
     layers: dict[str, LayerGrid] = Field({}, description="other grids by pattern of a layer's name; later ones win")
     target_bits: float | None = Field(
         None, ge=2, le=9, description="bits a quantized weight on average, scales included, given where they matter"

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from logitwise.calibrate import RunRows, rows_of_run, split
-from logitwise.calibration import check_spec, file_of
+from logitwise.calibration import check_spec, file_of, writes
 from logitwise.calibration.rows import Rows
 from logitwise.descent import Schedule
-from logitwise.errors import CalibrationError, MachineError, RecipeError, UnmetError
+from logitwise.errors import CalibrationError, RecipeError, UnmetError
 from logitwise.evaluation import measure_models
 from logitwise.fit import Data, Window, fit
 from logitwise.formats.checkpoint import check_output, staged, write_json
@@ -32,8 +32,8 @@ from logitwise.measure.likelihood import Likelihood, as_json, kl_difference
 from logitwise.objectives import OBJECTIVES
 from logitwise.pair import Pair, open_pair
 from logitwise.polish import POLISHED, Polish
-from logitwise.preflight import check_settings
-from logitwise.quantizers import Reopened
+from logitwise.preflight import check_roles, check_settings
+from logitwise.quantizers.reopened import ROLES, Reopened
 from logitwise.recipe import REFIT, Recipe
 from logitwise.runfolder import RunFolder, chain, run_folder_of
 from logitwise.skeleton import Slot
@@ -183,6 +183,10 @@ def _check(recipe: Recipe, rows: Rows | None) -> None:
             "final blocks are refitted by the token probabilities",
             f"choose {', '.join(name for name, one in OBJECTIVES.items() if one.reads_head)}",
         )
+    check_roles({"learning": (recipe.learning, ROLES), "polish_learning": (recipe.polish_learning, POLISHED)})
+    if recipe.temperature != usual.temperature and not writes(recipe.calibration):
+        why = f"{recipe.calibration} is read, not written"
+        raise RecipeError("temperature is not read", why, "choose --calibration self or server")
     check_settings(recipe)
     if recipe.held_out_rows == 0:
         raise CalibrationError("no rows are held out", "they decide whether a refit is better", "give --held-out 16")
@@ -201,7 +205,7 @@ def _final_blocks(
     slots = [slot for slot in pair.slots if slot.block in blocks]
     train = data.train[: recipe.rows]
     asked = recipe.model_dump(include={"objective", "objective_settings", "steps", "batch", "checks", "seed"})
-    learning = {role: vars(recipe.learning_of(role)) for role in ("scale", "rounding")}
+    learning = {role: vars(recipe.learning_of(role)) for role in ROLES}
     rows = [part.digest() for part in (train, data.held_out)]
     key = chain(root, blocks=list(blocks), rows=rows, learning=learning, **asked)
     if not folder.has(key):
@@ -287,17 +291,10 @@ def _polish(
         watcher.say("the polish lowered KL on the held-out rows at no step: the scales were left as they were")
         return found
     for slot in pair.slots:
-        found[slot.name] = polished.of(slot.name, stored(slot))
+        tuned, there = polished.of(slot.name, stored(slot)), pair.stored(slot)
+        if slot.name in made or not all(torch.equal(*both) for both in zip(tuned.parts(), there.parts(), strict=True)):
+            found[slot.name] = tuned
     for name, vector in polished.vectors.items():
-        there = pair.checkpoint.read(name)
-        if not torch.equal(there.to(vector.dtype), vector):
-            found[name] = _exactly(name, vector, there.dtype)
+        if not torch.equal(pair.checkpoint.read(name), vector):
+            found[name] = vector
     return found
-
-
-def _exactly(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
-    """A vector in the type of the file, which must hold it."""
-    stored = vector.to(dtype)
-    if not torch.equal(stored.to(vector.dtype), vector):
-        raise MachineError(f"{name} does not fit {dtype}", f"it was learned in {vector.dtype}", "report it as a bug")
-    return stored

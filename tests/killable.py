@@ -45,8 +45,8 @@ def start(
     Args:
         place: the folder.
         words: the command.
-        last_change: before the so manyth file or folder is opened for writing, made, renamed or removed, the process
-            is killed; never where None.
+        last_change: before the so manyth file or folder in the folder is opened for writing, made, renamed or removed,
+            the process is killed; never where None.
         fault: it is not killed, but from then on each of these but a removal fails with this error.
         largest_file: bytes; writing more into a file fails, as it does on a full disk, also outside Python.
         environment: variables for the process.
@@ -82,6 +82,7 @@ def _run(
     environment: dict[str, str],
 ) -> None:
     os.chdir(place)
+    here = os.getcwd() + os.sep
     os.environ.update(environment)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -92,6 +93,8 @@ def _run(
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
         if event in CHANGES or (event == "open" and set(str(arguments[1])) & set("wax+")):
+            if isinstance(arguments[0], int) or not os.path.abspath(os.fsdecode(arguments[0])).startswith(here):
+                return  # elsewhere compilers keep what they made, in the first run alone
             changes.append(str(arguments[0]))
             if last_change is None or len(changes) < last_change or arguments[0] == COUNTED:
                 return

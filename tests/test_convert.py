@@ -30,7 +30,7 @@ def checkpoint(
 ) -> Path:
     """A symmetric checkpoint with one layer in full precision."""
     out = tmp_path_factory.mktemp("quantized") / "out"
-    asked = recipe(text, method="rtn", bits=4, symmetric=True, objective="mse", keep=("0.mlp.down",))
+    asked = recipe(text, method="rtn", bits=4, symmetric=True, objective="mse", keep=("0.mlp.down_proj",))
     logitwise.quantize(folder, out, asked)
     return out
 

@@ -709,7 +709,9 @@ def test_what_is_refused_before_any_work(folder: Path, text: Path, tmp_path: Pat
     refused(InputError, "objective kl", folder, out, good.but(objective="kl"), out=out)
     refused(InputError, "format zip", folder, out, good.but(format="zip"), out=out)
     refused(InputError, "final_blocks 3", folder, out, good.but(final_blocks=3), out=out)
-    refused(InputError, "nothing is left", folder, out, good.but(keep=("proj",)), out=out)
+    meant = "--keep dwn_proj names no layer\n.*\n.*down_proj"
+    refused(InputError, meant, folder, out, good.but(keep=("dwn_proj",)), out=out)
+    refused(InputError, "nothing is left", folder, out, good.but(keep=("*proj",)), out=out)
     refused(InputError, "missing.txt", folder, out, good.but(calibration=f"text:{tmp_path}/missing.txt"), out=out)
     refused(InputError, "device", folder, out, good.but(device="nowhere"), out=out)
     typo = {"rouding": {"optimizer": "adam", "rate": 1e-3, "schedule": "cosine"}}

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import VOCABULARY, MemorySource, tiny_model
+from torch import nn
+from transformers import PreTrainedModel
 
 from logitwise.calibration.rows import Rows
 from logitwise.descent import is_flat
@@ -29,9 +31,13 @@ def rows() -> Rows:
     return Rows(ids[:, :-1], ids[:, 1:], (torch.rand(12, 13, generator=generator) > 0.3).float())
 
 
-def opened(family: str, grid: Grid = FLOAT32, **changes: object) -> tuple[Polish, dict[str, Quantized]]:
+def opened(
+    model: str | PreTrainedModel, grid: Grid = FLOAT32, **changes: object
+) -> tuple[Polish, dict[str, Quantized]]:
     """A tiny model rounded to nearest, about to be polished; its feed-forward outputs are kept."""
-    skeleton = Skeleton(MemorySource(tiny_model(family)), torch.device("cpu"), torch.float32)
+    skeleton = Skeleton(
+        MemorySource(tiny_model(model) if isinstance(model, str) else model), torch.device("cpu"), torch.float32
+    )
     codes: dict[str, Quantized] = {}
 
     def quantized(slot: Slot) -> Quantized:
@@ -45,6 +51,10 @@ def opened(family: str, grid: Grid = FLOAT32, **changes: object) -> tuple[Polish
 
     settings = {"polish_steps": 6, "batch": 4, "checks": 3, **changes}
     return Polish(skeleton, Recipe.load(None, **settings), rows(), HELD_OUT, quantized, kept), codes
+
+
+def norms(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.dim() == 1]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "qwen2"])
@@ -96,14 +106,17 @@ def test_the_held_out_divergence_falls_and_the_best_iterate_is_kept() -> None:
 
 
 def test_what_is_stored_is_what_was_measured() -> None:
-    """The outcome put into transformers' own model has the held-out KL that chose it, in float16 scales too."""
-    polish, codes = opened("llama", Grid(3, 16, False, torch.float16), polish_steps=12)
-    polish.stored = torch.bfloat16  # as of a model that keeps its norms in 16 bits
+    """The outcome put into transformers' own model has the held-out KL that chose it, each tensor in its own type."""
+    original, data = tiny_model("llama"), rows()[12 - HELD_OUT :]
+    types = {name: torch.float32 if "layers.0" in name else torch.bfloat16 for name, p in norms(original)}
+    for name, norm in norms(original):
+        norm.data = norm.data.to(types[name])
+    polish, codes = opened(original, Grid(3, 16, False, torch.float16), polish_steps=12)
     found = polish.run(Stage())
-    model, original, data = tiny_model("llama"), tiny_model("llama"), rows()[12 - HELD_OUT :]
+    original, model = original.float(), tiny_model("llama")
     weights = {name: Quantized(q.codes, found.scales[name], q.zero, q.grid).dequantize() for name, q in codes.items()}
     assert {scale.dtype for scale in found.scales.values()} == {torch.float16}
-    assert {vector.dtype for vector in found.vectors.values()} == {torch.bfloat16}
+    assert {name: vector.dtype for name, vector in found.vectors.items()} == types
     vectors = {name: vector.float() for name, vector in found.vectors.items()}
     with torch.no_grad():
         z = torch.func.functional_call(model, {**weights, **vectors}, kwargs={"input_ids": data.ids}).logits

@@ -122,6 +122,10 @@ def test_a_window_that_shrinks_has_no_fresh_rows(tmp_path: Path) -> None:
     refused("fresh_last is not read\n.*shrinks", tmp_path, fresh_last=True, shrink=True, final_blocks=2)
 
 
+def test_a_method_that_goes_by_the_steps_done_has_no_fresh_rows(tmp_path: Path) -> None:
+    refused("fresh_last is not read\n.*gsq goes by the share of its steps", tmp_path, fresh_last=True, method="gsq")
+
+
 NAN = float("nan")
 
 

@@ -224,6 +224,13 @@ def test_pairs_of_the_command_line_are_read_as_toml_else_as_text() -> None:
         parse_settings(["steps"])
 
 
+def test_a_file_says_channel_where_python_says_none(tmp_path: Path) -> None:
+    (file := tmp_path / "recipe.toml").write_text('group_size = "channel"\nbits = 3\n')
+    assert Recipe.load(file).grid == Grid(3, None, False, torch.float16)
+    with pytest.raises(RecipeError, match="group_size = 'row' is not possible"):
+        Recipe.of({"group_size": "row"})
+
+
 def test_the_grid_is_the_recipes() -> None:
     recipe = Recipe(bits=3, group_size=32, symmetric=True, scale_dtype="bfloat16")
     assert recipe.grid == Grid(3, 32, True, torch.bfloat16)

@@ -158,6 +158,12 @@ def test_the_polish_tunes_every_scale_with_codes_frozen(
     moved = {name for name in a.names() if name not in first and not torch.equal(a.read(name), b.read(name))}
     assert moved
     assert all(name.endswith("norm.weight") for name in moved)
+    differ = {name for name in first if any(map(unlike, first[name].parts(), second[name].parts()))}
+    assert set(found.report["changed"]) == moved | differ
+
+
+def unlike(one: Tensor, other: Tensor) -> bool:
+    return not torch.equal(one, other)
 
 
 def test_the_same_command_goes_on_where_it_ended(
@@ -357,6 +363,12 @@ def test_pairs_that_do_not_belong_together_are_refused(
         ({"objective": "mse"}, RecipeError, r"objective mse cannot refit\n.*\n.*choose .*lfq"),
         ({"objective": "lfg"}, RecipeError, "objective lfg cannot refit"),
         ({"objective_settings": {"heat": 1}}, RecipeError, r"objective_settings\.heat is not read"),
+        (
+            {"learning": {"scal": {"optimizer": "adam", "rate": 1e-3, "schedule": "cosine"}}},
+            RecipeError,
+            r"learning\.scal\] is not read\n.*scale, rounding",
+        ),
+        ({"temperature": 0.5}, RecipeError, r"temperature is not read\n.*is read, not written"),
         ({"held_out": 0}, CalibrationError, "no rows are held out"),
         ({"final_blocks": 9}, RecipeError, r"final_blocks 9 is too many\n.*2 blocks"),
     ],

@@ -28,7 +28,7 @@ class MeanSquaredError(Objective):
             return errors.mean()
         least_left_out = errors.detach().flatten().topk(count).values[-1]
         kept = errors < least_left_out
-        return (errors * kept).sum() / kept.sum()
+        return (errors * kept).sum() / kept.sum().clamp(min=1)  # none is kept where all are as large
 
     def measure(self, taps: Taps) -> tuple[float, float]:
         return float((taps.student.float() - taps.teacher.float()).square().sum()), float(taps.student.numel())

@@ -21,8 +21,10 @@ from logitwise.quantizers.starts import Start
 WITHIN = 0.499
 """How far from its code a weight may be, in steps: less than half by what float32 may lose on the way."""
 
+ROLES: tuple[Role, ...] = ("scale", "rounding")
+
 FURTHEST = math.log(16.0)
-"""How far a factor may go; a scale of 16 bits does not leave its range by less."""
+"""How far a factor may go: no useful one is further, and few scales leave the range of float16 by it."""
 
 
 class Reopened(Quantizer):
@@ -96,7 +98,8 @@ class Reopened(Quantizer):
         return Quantized(made.codes, made.scale, made.zero, made.grid, minimum)
 
     def groups(self) -> dict[Role, list[nn.Parameter]]:
-        return {"scale": [self.log_factor], "rounding": [self.log_divisor, self.log_row_divisor]}
+        learned = [self.log_factor], [self.log_divisor, self.log_row_divisor]
+        return dict(zip(ROLES, learned, strict=True))
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -548,7 +548,7 @@ def checkpoints(
     """A model on one grid, in compressed-tensors and in GGUF."""
     out = tmp_path_factory.mktemp("checkpoints")
     for form in ("compressed-tensors", "gguf"):
-        asked = recipe(text, **{**RTN, "format": form, "keep": ("0.mlp.down",)})
+        asked = recipe(text, **{**RTN, "format": form, "keep": ("0.mlp.down_proj",)})
         logitwise.quantize(folder, out / form, asked)
     return out
 

@@ -40,6 +40,8 @@ def test_the_largest_errors_may_be_left_out_of_what_is_learned() -> None:
     with torch.no_grad():
         assert OBJECTIVES["mse"](left_out=0.1).measure(taps) == MSE.measure(taps)
         assert OBJECTIVES["mse"](left_out=0.01).loss(taps) == MSE.loss(taps)  # of 40 not one
+    equal = Taps(torch.ones(1, 4, 10), torch.zeros(1, 4, 10), torch.ones(1, 4), NONE.expand(1, 4), None)
+    assert OBJECTIVES["mse"](left_out=0.1).loss(equal) == 0
 
 
 def test_what_it_says_of_itself() -> None:
