@@ -1,6 +1,6 @@
 """`export`: a quantized checkpoint in another format, without a weight changed, or a refusal that names what fits."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logitwise.errors import FormatError, SourceError
-from logitwise.formats import FORMATS, Described, Format
+from logitwise.formats import FORMATS, Described, Format, unfusable
 from logitwise.formats.checkpoint import check_output, staged, write_json
 from logitwise.grid import Grid, Quantized
 from logitwise.machine import repeatable
@@ -111,7 +111,8 @@ def export(
         write_model_files(staging, source)
         if report is not None:
             weights = sum(slot.out_features * slot.in_features for slot in grids)
-            report = _report(report, form, set(grids.values()), weights, written)
+            loading = form.loaders(set(own.values()), unfusable(own, model.linear))
+            report = _report(report, loading, form.name, weights, written)
             write_json(staging / REPORT, report)
             (staging / "README.md").write_text(model_card(report), encoding="utf-8")
             (staging / PAGE).write_text(run_page(report), encoding="utf-8")
@@ -133,13 +134,11 @@ def _refusal(form: Format, model: Described, grids: dict[Slot, Grid]) -> str | N
     return None
 
 
-def _report(
-    report: dict[str, Any], form: Format, grids: Collection[Grid], weights: int, written: Written
-) -> dict[str, Any]:
+def _report(report: dict[str, Any], loading: str, form: str, weights: int, written: Written) -> dict[str, Any]:
     return {
         **report,
-        "choices": {**report["choices"], "format": {"value": form.name, "why": "as asked, by export"}},
-        "loading": form.loaders(grids),
+        "choices": {**report["choices"], "format": {"value": form, "why": "as asked, by export"}},
+        "loading": loading,
         "bits_per_weight": written.bits / weights,
         "bits_per_parameter": 8 * written.size / report["parameters"],
         "size_bytes": written.size,

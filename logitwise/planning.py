@@ -7,7 +7,7 @@ by how many units the run has.
 import gc
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from logitwise.audit import audit
 from logitwise.calibration import ANSWER_BATCH, ANSWER_TOKENS
 from logitwise.calibration import split as split_spec
 from logitwise.errors import RecipeError
+from logitwise.formats import unfusable
 from logitwise.grid import Grid
 from logitwise.machine import repeatable
 from logitwise.memory import free_memory, total_memory
@@ -105,6 +106,7 @@ def plan(
     size, stored, weights, parameters = _sizes(outlined, recipe, grid_of)
     with repeatable():
         seconds, device_memory, ram, on_disk, notes = _measured(outlined, recipe.but(**machine), size, watcher)
+    grids = {slot.module: grid_of(slot.module) for slot in outlined.slots}
     fates = Counter(fate.fate for fate in audit(outlined.source, outlined.every, outlined.kept))
     run_folder = int(weights + stored / 8 - weights * recipe.grid.bits / 8) + on_disk
     place = Path(out or ".").absolute()
@@ -119,8 +121,8 @@ def plan(
         device_memory=device_memory,
         ram=ram,
         seconds=seconds,
-        loaders=outlined.format.loaders({grid_of(slot.module) for slot in outlined.slots}),
-        splits={count: _split(outlined, grid_of, count) for count in SPLITS},
+        loaders=outlined.format.loaders(set(grids.values()), unfusable(grids, outlined.model.linear)),
+        splits={count: _split(outlined, grids, count) for count in SPLITS},
         unmet=_unmet(recipe, machine["device"], size + run_folder, device_memory, ram, place),
         notes=notes,
     )
@@ -229,15 +231,17 @@ def _bytes_checked(outlined: Outline) -> int:
     return source.size_bytes + 2 * (sum(sizes.values()) - blocks + proved)
 
 
-def _split(outlined: Outline, grid_of: Callable[[str], Grid], count: int) -> str | None:
+def _split(outlined: Outline, grids: Mapping[str, Grid], count: int) -> str | None:
     """None where so many GPUs can share every layer, as vLLM shares them, else why not."""
+    if reason := unfusable(grids, outlined.model.linear):
+        return reason
     config = outlined.skeleton.model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", count)
     of_keys = getattr(config, "num_key_value_heads", None) or heads
     if heads % count or (of_keys % count and count % of_keys):
         return f"{heads} attention heads with {of_keys} for keys cannot be shared by {count}"
     for slot in outlined.slots:
-        if reason := _split_layer(slot, grid_of(slot.module), count):
+        if reason := _split_layer(slot, grids[slot.module], count):
             return reason
     return None
 

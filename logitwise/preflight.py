@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from logitwise.audit import Fate, audit, keeper, matches
 from logitwise.calibration import check_spec, file_of, writes
 from logitwise.errors import FormatError, RecipeError, SourceError
-from logitwise.formats import FORMATS, Described, Format, choose
+from logitwise.formats import FORMATS, Described, Format, choose, unfusable
 from logitwise.formats.checkpoint import check_output
 from logitwise.machine import choose_machine
 from logitwise.objectives import OBJECTIVES
@@ -168,7 +168,7 @@ def outline(model: str | Path, recipe: Recipe, reads_text: bool, revision: str |
     kept = keeper(recipe.keep)
     every = [slot for block in range(len(skeleton)) for slot in skeleton.slots(block)]
     _check_keep(recipe.keep, [*(slot.module for slot in every), *skeleton.linear_modules()])
-    choices["format"] = _check_slots([slot for slot in every if not kept(slot)], recipe)
+    choices["format"] = _check_slots([slot for slot in every if not kept(slot)], recipe, skeleton.linear_modules())
     form, described = FORMATS[choices["format"].value], describe(source, skeleton)
     if (reason := form.holds_model(described)) is not None:
         raise FormatError(f"{form.name} cannot hold {source.name}", reason, "choose another --format")
@@ -315,7 +315,7 @@ def _check_keep(patterns: Sequence[str], modules: list[str]) -> None:
             raise RecipeError(f"--keep {pattern} names no layer", why, f"one is called {near[0]}")
 
 
-def _check_slots(slots: list[Slot], recipe: Recipe) -> Choice:
+def _check_slots(slots: list[Slot], recipe: Recipe, linear: list[str]) -> Choice:
     """The format that holds every layer on its grid, on each that it may come to have."""
     if not slots:
         raise RecipeError("nothing is left to quantize", "--keep matches every layer", "keep fewer layers")
@@ -329,7 +329,8 @@ def _check_slots(slots: list[Slot], recipe: Recipe) -> Choice:
             )
     grids = {slot: recipe.grids_of(slot.module) for slot in slots}
     together = {grid for found in grids.values() for grid in found}
-    form, why = choose(together) if recipe.format == "auto" else (FORMATS[recipe.format], "as asked")
+    apart = unfusable({slot.module: found[0] for slot, found in grids.items()}, linear)
+    form, why = choose(together, apart) if recipe.format == "auto" else (FORMATS[recipe.format], "as asked")
     reason = form.holds_grids(together)
     if reason is not None:
         raise FormatError(f"{form.name} cannot hold this grid", reason, "change the grid or --format")

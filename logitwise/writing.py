@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from logitwise.errors import MachineError, SourceError
-from logitwise.formats import Described, Format
+from logitwise.formats import Described, Format, unfusable
 from logitwise.formats.checkpoint import staged, write_json
 from logitwise.grid import Grid, Quantized
 from logitwise.modelcard import model_card
@@ -74,7 +74,7 @@ def write(
         report = {
             **report,
             "grids": dict(Counter(map(str, grids.values()))),
-            "loading": job.format.loaders(set(grids.values())),
+            "loading": job.format.loaders(set(grids.values()), unfusable(grids, job.model.linear)),
             "bits_per_weight": written.bits / sum(slot.out_features * slot.in_features for slot in job.slots),
             "bits_per_parameter": 8 * written.size / parameters,
             "size_bytes": written.size,

@@ -59,6 +59,19 @@ def test_no_weight_is_read_and_every_part_has_a_time(folder: Path, text: Path, t
     assert {"polishing", "writing calibration text"} <= polished.seconds.keys()
 
 
+def test_engines_that_fuse_layers_on_two_grids_are_not_said_to_serve_them(
+    folder: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured: tuple[dict[str, float], None, int, int, list[str]] = ({}, None, 0, 0, [])
+    monkeypatch.setattr(planning, "_measured", lambda *given: measured)
+    planned = logitwise.plan(folder, recipe(text, bits=4, keep=("layers.0.*.q_proj",)))
+    why = "it fuses q_proj, k_proj, v_proj of model.layers.0.self_attn, which do not lie on one grid"
+    assert set(planned.splits.values()) == {why}
+    assert planned.loaders.endswith(f"vLLM does not, since {why}")
+
+
 def test_units_are_multiplied_by_how_many_the_run_has(
     folder: Path,  # noqa: F811
     text: Path,  # noqa: F811
@@ -82,13 +95,15 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     assert seconds["polishing"] == pytest.approx(5 * 2 * (2 * block + head) + 2 * (32 + 2 * 8 * 3))
 
 
-def test_a_step_takes_time_however_long_the_first_took(
+@pytest.mark.parametrize("waited", [[0.3], [0.3, 0.2], [0.0, 0.0, 0.2]])
+def test_one_slow_moment_is_not_every_windows(
+    waited: list[float],
     folder: Path,  # noqa: F811
     text: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a GPU the first loads and compiles its kernels."""
-    waits = iter([0.3])
+    """On a GPU the first fit loads and compiles its kernels; others may be held up."""
+    waits = iter(waited)
 
     def slow_first(*given: Any, **more: Any) -> Any:
         time.sleep(next(waits, 0.0))
@@ -100,6 +115,8 @@ def test_a_step_takes_time_however_long_the_first_took(
     step = plan_steps(asked, 2, "plan")[0]
     found = probe.of_window(source, asked, step, lambda slot: False, 4)
     assert 0 < found.step < 0.1
+    assert found.opening < 0.15
+    assert found.first >= waited[0] - 0.15
 
 
 def test_made_up_weights_have_the_shapes_and_are_the_same_each_time(folder: Path) -> None:  # noqa: F811

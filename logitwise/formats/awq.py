@@ -89,8 +89,9 @@ class Awq(SafetensorsFormat):
             "modules_to_not_convert": ignored,
         }
 
-    def loaders(self, grids: Collection[Grid]) -> str:
-        return "transformers loads it with gptqmodel, and vLLM serves it"
+    def loaders(self, grids: Collection[Grid], apart: str | None = None) -> str:
+        served = f"vLLM does not, since {apart}" if apart else "and vLLM serves it"
+        return f"transformers loads it with gptqmodel, {served}"
 
     def shape(
         self, prefix: str, shapes: Mapping[str, tuple[int, ...]], load: Callable[[str], Tensor], grid: Grid

@@ -140,8 +140,13 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def loaders(self, grids: Collection[Grid]) -> str:
-        """Which engines load a checkpoint on these grids, in half a sentence; what was not tried says so."""
+    def loaders(self, grids: Collection[Grid], apart: str | None = None) -> str:
+        """Which engines load a checkpoint on these grids, in half a sentence; what was not tried says so.
+
+        Args:
+            grids: of the quantized layers.
+            apart: why vLLM cannot fuse them (`fusing.unfusable`).
+        """
 
     @abstractmethod
     def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:

@@ -147,7 +147,7 @@ class Gguf(Format):
         """One file, called as the model is."""
         return write_file(folder / file_of(model), tensors, model)
 
-    def loaders(self, grids: Collection[Grid]) -> str:
+    def loaders(self, grids: Collection[Grid], apart: str | None = None) -> str:
         return "what is built on llama.cpp loads it, and transformers (`gguf_file`), which dequantizes it"
 
     def read(self, prefix: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:

@@ -150,7 +150,7 @@ class Gptq(SafetensorsFormat):
         """AutoGPTQ's own name for the same."""
         return {"quantize_config.json": dict(quantization_config)}
 
-    def loaders(self, grids: Collection[Grid]) -> str:
+    def loaders(self, grids: Collection[Grid], apart: str | None = None) -> str:
         # As gptqmodel 7.7 and vLLM 0.32 do on a CPU; what vLLM does on a GPU is read from its source, not run.
         (grid,) = grids
         where = "transformers loads it with gptqmodel and optimum"
@@ -158,6 +158,8 @@ class Gptq(SafetensorsFormat):
             where += " (on a CPU not where a layer has more than 256 inputs)"
         if not grid.symmetric or grid.bits < 4:
             return f"{where}; vLLM does not"
+        if apart:
+            return f"{where}; vLLM does not, since {apart}"
         return f"{where}, and vLLM serves it" if grid.bits == 4 else f"{where}; vLLM should on a GPU (not tried)"
 
     def described_by(self, quantization_config: Mapping[str, Any]) -> "Gptq":

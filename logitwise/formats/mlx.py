@@ -94,7 +94,7 @@ class Mlx(SafetensorsFormat):
             f"{prefix}.biases": biases,
         }
 
-    def loaders(self, grids: Collection[Grid]) -> str:
+    def loaders(self, grids: Collection[Grid], apart: str | None = None) -> str:
         """mlx-lm, and no other that is known."""
         return "mlx-lm 0.32 loads it"
 
