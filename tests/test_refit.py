@@ -207,6 +207,20 @@ def test_a_gguf_file_is_refitted_in_place(text: Path, tmp_path: Path) -> None:  
     assert measured == same
 
 
+def test_a_gguf_file_that_is_given_by_its_folder_keeps_what_lies_beside_it(text: Path, tmp_path: Path) -> None:  # noqa: F811
+    model = wide(tmp_path / "wide")
+    (model / "LICENSE").write_text("free")
+    came = rounded(model, text, tmp_path / "came", format="gguf", bits=3)
+    (came / "photographs.tar").write_bytes(bytes(100))
+    refit(came, tmp_path / "made", original=model, recipe=asked(text))
+    beside = {file.name for file in came.iterdir() if file.suffix not in (".gguf", ".tar")}
+    assert {"LICENSE", "generation_config.json", "logitwise.json"} <= beside
+    assert {file.name for file in (tmp_path / "made").iterdir() if file.suffix != ".gguf"} == {*beside, "refit.json"}
+    assert (tmp_path / "made" / "LICENSE").read_text() == "free"
+    logitwise.export(tmp_path / "made", tmp_path / "other", "mlx")
+    assert (tmp_path / "other" / "LICENSE").read_text() == "free"
+
+
 @pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"])
 def test_a_checkpoint_of_autoround_is_refitted(packing: str, text: Path, tmp_path: Path) -> None:  # noqa: F811
     """As it writes them: no g_idx, scales of either sign, one layer of other bits and one in full precision."""

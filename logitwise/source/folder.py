@@ -8,13 +8,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from logitwise.errors import SourceError
-from logitwise.source.base import Source
+from logitwise.source.base import Source, found
 from logitwise.source.growth import check_growth
 from logitwise.source.layout import layout_of
 from logitwise.source.outside import check_config, check_files, check_generation, read_json
 from logitwise.source.shards import DTYPES, Shards
-
-CARRIED = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
 
 
 class FolderSource(Source):
@@ -93,8 +91,7 @@ class FolderSource(Source):
         return tokenizer
 
     def extra_files(self) -> list[Path]:
-        """Generation config and licence, where they are."""
-        return sorted({file for pattern in CARRIED for file in self.folder.glob(pattern) if file.is_file()})
+        return found(self.folder)
 
     @property
     def size_bytes(self) -> int:

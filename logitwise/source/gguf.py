@@ -18,7 +18,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from logitwise.errors import SourceError
 from logitwise.formats.gguf_file import FLOATS, OPTIONAL_BIASES
 from logitwise.formats.gguf_tokenizer import restore_rule
-from logitwise.source.base import Source
+from logitwise.source.base import Source, found
 from logitwise.source.layout import layout_of
 
 LONG = 256
@@ -30,11 +30,15 @@ class GgufSource(Source):
     Tensors are read in float16: the values that the file stands for (its codes times its scales, in float32) rounded
     to float16. That rounded model is the full-precision model of everything that follows.
 
+    Args:
+        file: the file.
+        folder: that which was given as the model, whose other files belong to it; None where the file itself was.
+
     Errors: SourceError where the file is truncated or corrupt, or its architecture or a tensor type is not supported.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, folder: Path | None = None) -> None:
+        self.file, self.folder = file, folder
         self.name = file.stem
         self.dtype = torch.float16
         reader = _open(file)
@@ -61,6 +65,9 @@ class GgufSource(Source):
         self._layout.match(self._parts, file.name)
         for name, parts in self._parts.items():
             self._check_size(name, parts)
+
+    def extra_files(self) -> list[Path]:
+        return [] if self.folder is None else found(self.folder)
 
     def names(self) -> list[str]:
         """Every tensor of the model, in the order of the files."""

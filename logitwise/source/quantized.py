@@ -16,9 +16,10 @@ from logitwise.formats.gguf import TYPES
 from logitwise.formats.gguf_file import ARCHITECTURES, FLOATS, in_file_order
 from logitwise.formats.safetensors import SafetensorsFormat
 from logitwise.grid import Grid, Quantized
-from logitwise.source.base import QuantizedSource, Source
+from logitwise.source.base import BESIDE, QuantizedSource, Source, found
 from logitwise.source.folder import FolderSource, read_config
 from logitwise.source.gguf import GgufSource, holds_codes
+from logitwise.source.outside import check_generation
 from logitwise.source.shards import DTYPES
 
 IN_CONFIG = {name: form for name, form in FORMATS.items() if isinstance(form, SafetensorsFormat)}
@@ -147,13 +148,13 @@ class QuantizedGguf(GgufSource, QuantizedSource):
     """A .gguf file with quantized weights, as it is stored: nothing is rounded.
 
     Args:
-        file: the file.
+        file, folder: as of any.
 
     Errors: as any .gguf file; FormatError, too, where it holds tensors that the model has no place for.
     """
 
-    def __init__(self, file: Path) -> None:
-        super().__init__(file)
+    def __init__(self, file: Path, folder: Path | None = None) -> None:
+        super().__init__(file, folder)
         self.format = FORMATS["gguf"]
         if self.unused:
             raise refusal(self.unused[0], f"{file.name} is a {self.config.model_type}, which has no place for it")
@@ -194,6 +195,8 @@ class QuantizedGguf(GgufSource, QuantizedSource):
     def write_changed(self, folder: Path, changed: Mapping[str, Tensor | Quantized]) -> int:
         out = folder / self.file.name
         with writing(out):
+            for other in found(self.folder, BESIDE) if self.folder else []:
+                shutil.copyfile(other, folder / other.name)
             shutil.copyfile(self.file, out)
             with out.open("r+b") as file:
                 for name, content in changed.items():
@@ -239,12 +242,12 @@ class QuantizedGguf(GgufSource, QuantizedSource):
         return {kind: dtype for dtype, kind in FLOATS.items()}.get(self._kind(name))
 
 
-def open_gguf(file: Path) -> GgufSource:
-    """The model in a .gguf file as it is stored, quantized or in full precision.
+def open_gguf(file: Path, folder: Path | None = None) -> GgufSource:
+    """The model in a .gguf file, perhaps given by its folder, as it is stored, quantized or in full precision.
 
     Errors: SourceError, FormatError, naming the file or tensor.
     """
-    return QuantizedGguf(file) if holds_codes(file) else GgufSource(file)
+    return (QuantizedGguf if holds_codes(file) else GgufSource)(file, folder)
 
 
 def open_folder(folder: Path, name: str | None = None) -> Source:
@@ -254,7 +257,8 @@ def open_folder(folder: Path, name: str | None = None) -> Source:
     """
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1 and not (folder / "config.json").exists():
-        return open_gguf(files[0])
+        check_generation(folder)
+        return open_gguf(files[0], folder)
     config = read_config(folder)
     keys = {key for form in IN_CONFIG.values() for key in form.config_keys}
     quantized = any(getattr(config, key, None) is not None for key in keys)
