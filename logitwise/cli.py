@@ -129,17 +129,19 @@ def _recipe(options: dict[str, Any]) -> Any:
     """The recipe that the options of a command ask for."""
     from logitwise.recipe import Recipe, parse_settings
 
-    if options["per_channel"] and options["group_size"] is not None:
-        raise RecipeError(
-            "--per-channel and --group-size exclude each other",
-            "a channel's scale is shared by the whole row",
-            "give one of them",
-        )
     changes = {name: value for name, value in options.items() if name in Recipe.model_fields and value is not None}
-    changes |= parse_settings(options["settings"] or [])
     if options["per_channel"]:
+        if "group_size" in changes:
+            raise RecipeError(
+                "--per-channel and --group-size exclude each other",
+                "a channel's scale is shared by the whole row",
+                "give one of them",
+            )
         changes["group_size"] = None
-    return Recipe.load(options["recipe"], **changes)
+    settings = parse_settings(options["settings"] or [])
+    for key in changes.keys() & settings.keys():
+        raise RecipeError(f"{key} is given twice", "--set has it, and an option of its own", "leave one of them out")
+    return Recipe.load(options["recipe"], **changes, **settings)
 
 
 def _options_of(command: Callable[..., None], *left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -96,6 +96,8 @@ def test_compare_with_what_is_served(place: Path) -> None:
         (["quantize", "model", "x", "--set", "stepps=3"], "did you mean steps"),
         (["quantize", "model", "x", "--recipe", "standart"], "did you mean standard"),
         (["quantize", "model", "x", "--per-channel", "--group-size", "16"], "exclude each other"),
+        (["quantize", "model", "x", "--per-channel", "--set", "group_size=16"], "group_size is given twice"),
+        (["quantize", "model", "x", "--bits", "3", "--set", "bits=2"], "bits is given twice"),
         (["quantize", "model", "x", "--calibration", "text:none.txt"], "none.txt"),
         (["quantize", "model", "x", "--stepz", "3"], "stepz"),
         (["quantize", "model", "x", "--seed", "9999999999999999999"], "seed = 9999999999999999999 is not possible"),

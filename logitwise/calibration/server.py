@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from openai.types import Model
 
 SEE_TO_IT = "see to the server and run the same command again"
+
+UNPENALIZED = {"repetition_penalty": 1.0, "repeat_penalty": 1.0}
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {**UNPENALIZED, "top_k": 0, "min_p": 0.0, "return_token_ids": True},
+    UNPENALIZED,
+    {},
+)
+"""Beyond OpenAI's own, the first that a server takes. Without them engines apply defaults that no other model here
+gets: vLLM those of generation_config.json, llama-cpp-python a penalty of 1.1 on what was written before. vLLM says
+answers as token ids if asked to."""
 
 AT_ONCE = 32
 """Requests under way at a time; the server batches them."""
@@ -86,13 +96,21 @@ def ask_answers(
     Errors: MachineError where the server stops answering.
     """
     client, model = client_of(url), served_model(url)
-    from openai import OpenAIError
+    from openai import BadRequestError, OpenAIError, UnprocessableEntityError
+
+    manner: dict[str, Any] = {"model": model, "max_tokens": answer_tokens, "temperature": temperature, "top_p": 1.0}
+    taken = list(SETTINGS)
 
     def ask(numbered: tuple[int, list[int]]) -> list[int]:
         number, prompt = numbered
-        reply = client.completions.create(
-            model=model, prompt=prompt, max_tokens=answer_tokens, temperature=temperature, seed=seed + number
-        )
+        try:
+            settings = taken[0]
+            reply = client.completions.create(prompt=prompt, seed=seed + number, extra_body=settings, **manner)
+        except (BadRequestError, UnprocessableEntityError):
+            if settings == SETTINGS[-1]:
+                raise
+            taken[:] = SETTINGS[SETTINGS.index(settings) + 1 :]
+            return ask(numbered)
         if not reply.choices or not isinstance(reply.choices[0].text, str):
             raise MachineError(
                 f"the server at {url} gave no answer", f"its reply was {reply.to_json()[:200]}", SEE_TO_IT

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from transformers import PreTrainedTokenizerBase
 
 from logitwise.calibration.chat import prompt_ids
-from logitwise.calibration.server import client_of, served_models
+from logitwise.calibration.server import SETTINGS, client_of, served_models
 from logitwise.comparison.replies import Named, Pieces, by_ids, by_texts
 from logitwise.errors import LogitwiseError, MachineError, SourceError
 from logitwise.runfolder import chain
@@ -33,16 +33,6 @@ LIKELIEST = (100, 20, 5, 1)
 
 PROBE = "What is the capital of France?"
 PROBE_TOKENS = 64
-
-UNPENALIZED = {"repetition_penalty": 1.0, "repeat_penalty": 1.0}
-SETTINGS: tuple[dict[str, Any], ...] = (
-    {**UNPENALIZED, "top_k": 0, "min_p": 0.0, "return_token_ids": True},
-    UNPENALIZED,
-    {},
-)
-"""Beyond OpenAI's own, the first that a server takes. Without them engines apply defaults that no other model here
-gets: vLLM those of generation_config.json, llama-cpp-python a penalty of 1.1 on what was written before. vLLM says
-answers as token ids if asked to."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,12 @@ def open_source(model: str | Path, revision: str | None = None, endpoint: str | 
     Errors: SourceError, saying what was looked for.
     """
     path = Path(model).expanduser()
+    if path.exists() and revision is not None:
+        what, why = (
+            f"{path} has no revision {revision}",
+            "it is on this disk; only models of the hub have some",
+        )
+        raise SourceError(what, why, "leave it out")
     if path.is_dir():
         return open_folder(path)
     if path.is_file():

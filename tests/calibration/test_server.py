@@ -14,14 +14,18 @@ from torch import Tensor
 from logitwise.calibration import check_spec, prepare
 from logitwise.calibration.chat import prompt_ids
 from logitwise.calibration.prompts import shipped_prompts
-from logitwise.calibration.server import ask_answers
+from logitwise.calibration.server import SETTINGS, ask_answers
 from logitwise.errors import CalibrationError, MachineError
 
 
 class Server(SpeaksJson, BaseHTTPRequestHandler):
-    """Answers every prompt with how many tokens it has; from `fails_after` requests on it fails."""
+    """Answers every prompt with how many tokens it has; from `fails_after` requests on it fails.
+
+    A request with the setting `refuses` is refused, and not counted.
+    """
 
     asked: list[dict[str, Any]]
+    refuses: str
     fails_after: int
     lock = Lock()
 
@@ -30,6 +34,9 @@ class Server(SpeaksJson, BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.body()
+        if self.refuses in body:
+            self.send({"error": {"message": f"{self.refuses} is unknown"}}, 400)
+            return
         with self.lock:
             self.asked.append(body)
             count = len(self.asked)
@@ -44,7 +51,7 @@ class Server(SpeaksJson, BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    Server.asked, Server.fails_after = [], 10**9
+    Server.asked, Server.fails_after, Server.refuses = [], 10**9, ""
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
@@ -78,8 +85,21 @@ def test_documents_are_prompts_and_answers_in_the_prompts_order(url: str) -> Non
     asked = {tuple(body["prompt"]): body for body in Server.asked}
     for number, prompt in enumerate(prompts):
         body = asked[tuple(prompt_ids(words, prompt))]
-        settings = {name: body[name] for name in ("model", "max_tokens", "temperature", "seed")}
-        assert settings == {"model": "the model", "max_tokens": 9, "temperature": 0.5, "seed": 7 + number}
+        expected = {"model": "the model", "max_tokens": 9, "temperature": 0.5, "seed": 7 + number, "top_p": 1.0}
+        assert {name: body[name] for name in expected} == expected
+        assert {name: body[name] for name in SETTINGS[0]} == SETTINGS[0]  # nothing of the server's own defaults
+
+
+@pytest.mark.parametrize("refused", ["top_k", "repeat_penalty"])
+def test_a_server_gets_no_settings_that_it_refuses(refused: str, url: str) -> None:
+    Server.refuses = refused
+    prompts = [f"prompt {n}" for n in range(70)]
+    found = ask_answers(url, tokenizer(), prompts, tokens=10**6, answer_tokens=9, temperature=1.0, seed=0)
+    assert len(found) == len(Server.asked) == 70
+    given = next(settings for settings in SETTINGS if refused not in settings)
+    unknown = {key for settings in SETTINGS for key in settings} - set(given)
+    assert all(body["top_p"] == 1.0 and given.items() <= body.items() for body in Server.asked)
+    assert not any(unknown & set(body) for body in Server.asked)
 
 
 def test_it_asks_no_more_than_is_wanted(url: str) -> None:

@@ -118,6 +118,11 @@ def test_second_time_comes_from_the_cache_even_without_the_hub(hub: Any):
     open_source("org/tiny", endpoint="http://127.0.0.1:9")
 
 
+def test_what_is_on_the_disk_has_no_revision(tmp_path: Path):
+    with pytest.raises(SourceError, match=r"has no revision dev\n.*only models of the hub"):
+        open_source(tmp_path, revision="dev")
+
+
 def test_revision(hub: Any):
     assert "lm_head.weight" in open_source("org/tiny", revision="dev", endpoint=hub.endpoint).names()
     with pytest.raises(SourceError, match=r"org/tiny has no revision 'old'"):
