@@ -26,7 +26,7 @@ def keeper(patterns: Iterable[str]) -> Callable[[Slot], bool]:
 
 def matches(pattern: str, module: str) -> bool:
     """Whether a shell pattern is that of a module's name, or of a part of it from one dot to another."""
-    return fnmatch(f".{module}.", f"*.{pattern.strip('.')}.*")
+    return fnmatch(f".{module}.", f"*.{pattern}.*")
 
 
 def audit(source: Source, slots: list[Slot], kept: Callable[[Slot], bool]) -> list[Fate]:

@@ -127,7 +127,7 @@ def quantize(
 
 def _recipe(options: dict[str, Any]) -> Any:
     """The recipe that the options of a command ask for."""
-    from logitwise.recipe import Recipe, parse_settings
+    from logitwise.recipe import Recipe
 
     changes = {name: value for name, value in options.items() if name in Recipe.model_fields and value is not None}
     if options["per_channel"]:
@@ -138,10 +138,17 @@ def _recipe(options: dict[str, Any]) -> Any:
                 "give one of them",
             )
         changes["group_size"] = None
-    settings = parse_settings(options["settings"] or [])
+    return Recipe.load(options["recipe"], **_with_settings(changes, options["settings"]))
+
+
+def _with_settings(changes: dict[str, Any], pairs: list[str] | None) -> dict[str, Any]:
+    """What the options change, and what `--set` does."""
+    from logitwise.recipe import parse_settings
+
+    settings = parse_settings(pairs or [])
     for key in changes.keys() & settings.keys():
         raise RecipeError(f"{key} is given twice", "--set has it, and an option of its own", "leave one of them out")
-    return Recipe.load(options["recipe"], **changes, **settings)
+    return {**changes, **settings}
 
 
 def _options_of(command: Callable[..., None], *left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -334,16 +341,16 @@ def refit(
         "device": device,
     }
     with _watching(quiet, verbose, log) as watcher:
-        from logitwise.recipe import REFIT, Recipe, parse_settings
+        from logitwise.recipe import REFIT, Recipe
         from logitwise.refit import refit as run
         from logitwise.report.figures import show_refitted
 
-        changes = {name: value for name, value in given.items() if value is not None} | parse_settings(settings or [])
+        changes = {name: value for name, value in given.items() if value is not None}
         result = run(
             checkpoint,
             out,
             original=original,
-            recipe=Recipe.load(recipe or REFIT, **changes),
+            recipe=Recipe.load(recipe or REFIT, **_with_settings(changes, settings)),
             overwrite=overwrite,
             fresh=fresh,
             keep_run=keep_run,

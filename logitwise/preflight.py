@@ -1,7 +1,7 @@
 """Everything that can be refused is refused here, before any work; what passes is a `Job`."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -221,14 +221,14 @@ def _check_names(recipe: Recipe) -> None:
             )
 
 
-def _tables(recipe: Recipe) -> dict[str, tuple[Mapping[str, Learning] | None, Sequence[str]]]:
+def _tables(recipe: Recipe) -> dict[str, tuple[Mapping[str, Learning] | None, Collection[str]]]:
     roles = roles_of(recipe)
     tables = {"learning": (recipe.learning, roles), "learning_last": (recipe.learning_last, roles)}
     tables |= {f"windows.{i}.learning": (own.learning, roles) for i, own in enumerate(recipe.windows)}
     return {**tables, "polish_learning": (recipe.polish_learning, POLISHED)}
 
 
-def check_roles(tables: Mapping[str, tuple[Mapping[str, Learning] | None, Sequence[str]]]) -> None:
+def check_roles(tables: Mapping[str, tuple[Mapping[str, Learning] | None, Collection[str]]]) -> None:
     """Refuses what no parameter learns by, given the roles that each table is read for.
 
     Errors: RecipeError.
@@ -306,7 +306,7 @@ def check_settings(recipe: Recipe) -> None:
         raise not_possible(f"objective_settings.{setting}", error, remedy) from error
 
 
-def _check_keep(patterns: Sequence[str], modules: list[str]) -> None:
+def _check_keep(patterns: tuple[str, ...], modules: list[str]) -> None:
     """Refuses a pattern that keeps nothing: what was meant would be quantized."""
     for pattern in patterns:
         if not any(matches(pattern, module) for module in modules):

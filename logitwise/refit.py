@@ -34,7 +34,7 @@ from logitwise.pair import Pair, open_pair
 from logitwise.polish import POLISHED, Polish
 from logitwise.preflight import check_roles, check_settings
 from logitwise.quantizers.reopened import ROLES, Reopened
-from logitwise.recipe import REFIT, Recipe
+from logitwise.recipe import REFIT, Learning, Recipe
 from logitwise.runfolder import RunFolder, chain, run_folder_of
 from logitwise.skeleton import Slot
 from logitwise.source import open_stored
@@ -184,8 +184,8 @@ def _check(recipe: Recipe, rows: Rows | None) -> None:
             f"choose {', '.join(name for name, one in OBJECTIVES.items() if one.reads_head)}",
         )
     check_roles({"learning": (recipe.learning, ROLES), "polish_learning": (recipe.polish_learning, POLISHED)})
-    if recipe.temperature != usual.temperature and not writes(recipe.calibration):
-        why = f"{recipe.calibration} is read, not written"
+    if recipe.temperature != usual.temperature and (rows is not None or not writes(recipe.calibration)):
+        why = f"{recipe.calibration if rows is None else 'text'} is read, not written"
         raise RecipeError("temperature is not read", why, "choose --calibration self or server")
     check_settings(recipe)
     if recipe.held_out_rows == 0:
@@ -194,6 +194,11 @@ def _check(recipe: Recipe, rows: Rows | None) -> None:
         check_spec(recipe.calibration)
     else:
         split(rows, recipe)
+
+
+def _learning_of(recipe: Recipe) -> dict[str, Learning]:
+    """How each role is learned: the preset's way, where the recipe has no own."""
+    return {**(Recipe.load(REFIT).learning or {}), **(recipe.learning or {})}
 
 
 def _final_blocks(
@@ -205,7 +210,7 @@ def _final_blocks(
     slots = [slot for slot in pair.slots if slot.block in blocks]
     train = data.train[: recipe.rows]
     asked = recipe.model_dump(include={"objective", "objective_settings", "steps", "batch", "checks", "seed"})
-    learning = {role: vars(recipe.learning_of(role)) for role in ROLES}
+    learning = {role: vars(_learning_of(recipe)[role]) for role in ROLES}
     rows = [part.digest() for part in (train, data.held_out)]
     key = chain(root, blocks=list(blocks), rows=rows, learning=learning, **asked)
     if not folder.has(key):
@@ -249,7 +254,7 @@ def _fit(
     window = Window(student, blocks, calls, pair.kept, compiled)
     quantizers = {slot: Reopened(pair.stored(slot).to(device), pair.target(slot).to(device)) for slot in slots}
     given = Data(entering, taught, weights, rows.following.to(device), len(rows) - held_out, held_out)
-    schedule = Schedule(recipe.steps, recipe.batch, recipe.checks, recipe.learning_of, recipe.seed)
+    schedule = Schedule(recipe.steps, recipe.batch, recipe.checks, _learning_of(recipe).__getitem__, recipe.seed)
     objective = OBJECTIVES[recipe.objective](**recipe.objective_settings)
     of_them = f"the last {len(blocks)} blocks" if len(blocks) > 1 else "the last block"
     with watcher.stage(f"Refitting {of_them}", recipe.steps) as stage:

@@ -67,9 +67,9 @@ def test_engines_that_fuse_layers_on_two_grids_are_not_said_to_serve_them(
     measured: tuple[dict[str, float], None, int, int, list[str]] = ({}, None, 0, 0, [])
     monkeypatch.setattr(planning, "_measured", lambda *given: measured)
     planned = logitwise.plan(folder, recipe(text, bits=4, keep=("layers.0.*.q_proj",)))
-    why = "it fuses q_proj, k_proj, v_proj of model.layers.0.self_attn, which do not lie on one grid"
+    why = "vLLM fuses q_proj, k_proj, v_proj of model.layers.0.self_attn, which do not lie on one grid"
     assert set(planned.splits.values()) == {why}
-    assert planned.loaders.endswith(f"vLLM does not, since {why}")
+    assert planned.loaders.endswith(f"vLLM does not: {why}")
 
 
 def test_units_are_multiplied_by_how_many_the_run_has(
@@ -95,7 +95,7 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     assert seconds["polishing"] == pytest.approx(5 * 2 * (2 * block + head) + 2 * (32 + 2 * 8 * 3))
 
 
-@pytest.mark.parametrize("waited", [[0.3], [0.3, 0.2], [0.0, 0.0, 0.2]])
+@pytest.mark.parametrize("waited", [[0.9], [0.9, 0.6]])
 def test_one_slow_moment_is_not_every_windows(
     waited: list[float],
     folder: Path,  # noqa: F811
@@ -114,9 +114,9 @@ def test_one_slow_moment_is_not_every_windows(
     asked, source = recipe(text, device="cpu", compute_dtype="float32"), open_source(folder)
     step = plan_steps(asked, 2, "plan")[0]
     found = probe.of_window(source, asked, step, lambda slot: False, 4)
-    assert 0 < found.step < 0.1
-    assert found.opening < 0.15
-    assert found.first >= waited[0] - 0.15
+    assert 0 < found.step < 0.3
+    assert found.opening < 0.5
+    assert found.first > 0.3
 
 
 def test_made_up_weights_have_the_shapes_and_are_the_same_each_time(folder: Path) -> None:  # noqa: F811

@@ -212,8 +212,10 @@ def test_a_gguf_file_that_is_given_by_its_folder_keeps_what_lies_beside_it(text:
     (model / "LICENSE").write_text("free")
     came = rounded(model, text, tmp_path / "came", format="gguf", bits=3)
     (came / "photographs.tar").write_bytes(bytes(100))
+    (tmp_path / "secret").write_text("a secret")
+    (came / "NOTICE").symlink_to("../secret")
     refit(came, tmp_path / "made", original=model, recipe=asked(text))
-    beside = {file.name for file in came.iterdir() if file.suffix not in (".gguf", ".tar")}
+    beside = {file.name for file in came.iterdir() if file.suffix not in (".gguf", ".tar")} - {"NOTICE"}
     assert {"LICENSE", "generation_config.json", "logitwise.json"} <= beside
     assert {file.name for file in (tmp_path / "made").iterdir() if file.suffix != ".gguf"} == {*beside, "refit.json"}
     assert (tmp_path / "made" / "LICENSE").read_text() == "free"

@@ -1,7 +1,8 @@
 """The full-precision model's answers from a server that speaks OpenAI's protocol: for models too large to run here.
 
-Prompts go out as token ids, so that the server's template plays no part. An answer comes back as text and is tokenized
-here; where it ended by itself, the token that ends an answer is put after it.
+Prompts go out as token ids, so that the server's template plays no part. An answer comes back as token ids where the
+server says them, else as text, which is tokenized here; where it ended by itself, the token that ends an answer is put
+after it, unless it is there.
 """
 
 import os
@@ -96,34 +97,39 @@ def ask_answers(
     Errors: MachineError where the server stops answering.
     """
     client, model = client_of(url), served_model(url)
-    from openai import BadRequestError, OpenAIError, UnprocessableEntityError
+    from openai import APIStatusError, OpenAIError
 
     manner: dict[str, Any] = {"model": model, "max_tokens": answer_tokens, "temperature": temperature, "top_p": 1.0}
-    taken = list(SETTINGS)
+    settings: dict[str, Any] | None = None
 
     def ask(numbered: tuple[int, list[int]]) -> list[int]:
         number, prompt = numbered
-        try:
-            settings = taken[0]
-            reply = client.completions.create(prompt=prompt, seed=seed + number, extra_body=settings, **manner)
-        except (BadRequestError, UnprocessableEntityError):
-            if settings == SETTINGS[-1]:
-                raise
-            taken[:] = SETTINGS[SETTINGS.index(settings) + 1 :]
-            return ask(numbered)
+        reply = client.completions.create(prompt=prompt, seed=seed + number, extra_body=settings, **manner)
         if not reply.choices or not isinstance(reply.choices[0].text, str):
             raise MachineError(
                 f"the server at {url} gave no answer", f"its reply was {reply.to_json()[:200]}", SEE_TO_IT
             )
         (answer, *_) = reply.choices
-        ids = text_ids(tokenizer, answer.text, special=False)
-        if answer.finish_reason == "stop" and tokenizer.eos_token_id is not None:
+        said = (answer.model_extra or {}).get("token_ids")
+        ids = text_ids(tokenizer, answer.text, special=False) if said is None else list(said)
+        ended = said is not None and ids[-1:] and ids[-1] in tokenizer.all_special_ids
+        if answer.finish_reason == "stop" and tokenizer.eos_token_id is not None and not ended:
             ids.append(tokenizer.eos_token_id)
         return ids
 
     def ask_all(part: list[tuple[int, list[int]]]) -> list[list[int]]:
+        nonlocal settings
+        first: list[list[int]] = []
+        if settings is None:  # what the server takes shows with the first prompt
+            for settings in SETTINGS:
+                try:
+                    first = [ask(part[0])]
+                    break
+                except APIStatusError:
+                    if settings is SETTINGS[-1]:
+                        raise
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(ask, part))
+            return first + list(pool.map(ask, part[len(first) :]))
 
     documents: list[Document] = []
     written = 0

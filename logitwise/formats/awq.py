@@ -90,7 +90,7 @@ class Awq(SafetensorsFormat):
         }
 
     def loaders(self, grids: Collection[Grid], apart: str | None = None) -> str:
-        served = f"vLLM does not, since {apart}" if apart else "and vLLM serves it"
+        served = f"vLLM does not: {apart}" if apart else "and vLLM serves it"
         return f"transformers loads it with gptqmodel, {served}"
 
     def shape(

@@ -129,7 +129,7 @@ class CompressedTensors(SafetensorsFormat):
         # On a CPU, vLLM 0.32 has a kernel for 4 bits only; what it serves on a GPU is read from its source, not run.
         four = all(grid.bits == 4 for grid in grids)
         served = "and vLLM serves it" if four else "vLLM should serve it on a GPU (not tried)"
-        served = f"vLLM does not, since {apart}" if apart else served
+        served = f"vLLM does not: {apart}" if apart else served
         return f"transformers with compressed-tensors 0.18 loads it, {served}"
 
     def grids_of(self, config: Mapping[str, Any], scale_dtype: torch.dtype) -> Callable[[str], Grid]:

@@ -1,4 +1,7 @@
-"""Layers that vLLM computes as one, since they read the same hidden states: they have to lie on one grid."""
+"""Layers that vLLM computes as one, since they read the same hidden states: they have to lie on one grid.
+
+Seen with vLLM 0.32: compressed-tensors, GPTQ and AWQ with one of them in full precision are refused.
+"""
 
 from collections.abc import Collection, Mapping
 
@@ -20,5 +23,5 @@ def unfusable(grids: Mapping[str, Grid], linear: Collection[str]) -> str | None:
         for names in FUSED:
             together = [f"{parent}.{name}" for name in names if own in names and f"{parent}.{name}" in there]
             if len({grids.get(one) for one in together}) > 1:
-                return f"it fuses {', '.join(names)} of {parent}, which do not lie on one grid"
+                return f"vLLM fuses {', '.join(names)} of {parent}, which do not lie on one grid"
     return None

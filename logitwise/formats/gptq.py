@@ -159,7 +159,7 @@ class Gptq(SafetensorsFormat):
         if not grid.symmetric or grid.bits < 4:
             return f"{where}; vLLM does not"
         if apart:
-            return f"{where}; vLLM does not, since {apart}"
+            return f"{where}; vLLM does not: {apart}"
         return f"{where}, and vLLM serves it" if grid.bits == 4 else f"{where}; vLLM should on a GPU (not tried)"
 
     def described_by(self, quantization_config: Mapping[str, Any]) -> "Gptq":

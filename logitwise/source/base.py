@@ -1,7 +1,7 @@
 """Where a model comes from: its config, its tensors one at a time, its tokenizer and the files beside them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,15 +10,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from logitwise.formats import Format
 from logitwise.grid import Grid, Quantized
-
-CARRIED = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
-BESIDE = (*CARRIED, "*.json", "*.md", "*.html", "*.jinja", "*.txt")
-"""What of a folder belongs to the .gguf file in it, which may lie among others."""
-
-
-def found(folder: Path, patterns: Iterable[str] = CARRIED) -> list[Path]:
-    """The files of a folder that match; by default those that go with a model wherever it goes."""
-    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 class Source(ABC):

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from logitwise.errors import SourceError
-from logitwise.source.base import Source, found
+from logitwise.source.base import Source
 from logitwise.source.growth import check_growth
 from logitwise.source.layout import layout_of
-from logitwise.source.outside import check_config, check_files, check_generation, read_json
+from logitwise.source.outside import check_config, check_files, check_generation, found, read_json
 from logitwise.source.shards import DTYPES, Shards
 
 

@@ -18,8 +18,9 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from logitwise.errors import SourceError
 from logitwise.formats.gguf_file import FLOATS, OPTIONAL_BIASES
 from logitwise.formats.gguf_tokenizer import restore_rule
-from logitwise.source.base import Source, found
+from logitwise.source.base import Source
 from logitwise.source.layout import layout_of
+from logitwise.source.outside import found
 
 LONG = 256
 

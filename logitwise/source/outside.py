@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ COUNTED = re.compile(r".*layers?|num_labels|first_k_dense_replace|attention_type
 MOST_COUNTED = 10_000
 """transformers makes lists as long as numbers whose key is `COUNTED`, at any depth, when it reads a config."""
 
+CARRIED = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
+"""What goes with a model wherever it goes."""
+
+BESIDE = (*CARRIED, "*.json", "*.md", "*.html", "*.jinja", "*.txt")
+"""What of a folder belongs to the .gguf file in it, which may lie among others."""
+
 HUB_KERNELS = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
 
 
@@ -30,10 +36,8 @@ def check_files(folder: Path) -> None:
 
     Errors: SourceError, naming the file.
     """
-    home = folder.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for file in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if file.is_symlink() and not any(_target(file).is_relative_to(place) for place in homes):
+        if _leads_out(file, folder):
             raise SourceError(
                 f"{file} is a link out of the model's folder",
                 f"it leads to {_target(file)}, which may be anything",
@@ -45,6 +49,18 @@ def check_files(folder: Path) -> None:
             raise SourceError(
                 f"{file} is too large", f"it has {size} bytes; at most {MOST_BYTES} are read", "fetch the model again"
             )
+
+
+def found(folder: Path, patterns: Iterable[str] = CARRIED) -> list[Path]:
+    """The files of a folder that match, but for links that lead out of it."""
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file for file in files if not _leads_out(file, folder))
+
+
+def _leads_out(file: Path, folder: Path) -> bool:
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    return file.is_symlink() and not any(_target(file).is_relative_to(place) for place in homes)
 
 
 def _target(file: Path) -> Path:

@@ -16,10 +16,10 @@ from logitwise.formats.gguf import TYPES
 from logitwise.formats.gguf_file import ARCHITECTURES, FLOATS, in_file_order
 from logitwise.formats.safetensors import SafetensorsFormat
 from logitwise.grid import Grid, Quantized
-from logitwise.source.base import BESIDE, QuantizedSource, Source, found
+from logitwise.source.base import QuantizedSource, Source
 from logitwise.source.folder import FolderSource, read_config
 from logitwise.source.gguf import GgufSource, holds_codes
-from logitwise.source.outside import check_generation
+from logitwise.source.outside import BESIDE, check_generation, found
 from logitwise.source.shards import DTYPES
 
 IN_CONFIG = {name: form for name, form in FORMATS.items() if isinstance(form, SafetensorsFormat)}

@@ -26,6 +26,8 @@ class Server(SpeaksJson, BaseHTTPRequestHandler):
 
     asked: list[dict[str, Any]]
     refuses: str
+    refused: int
+    says_ids: list[int] | None
     fails_after: int
     lock = Lock()
 
@@ -35,6 +37,7 @@ class Server(SpeaksJson, BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.body()
         if self.refuses in body:
+            type(self).refused += 1
             self.send({"error": {"message": f"{self.refuses} is unknown"}}, 400)
             return
         with self.lock:
@@ -45,13 +48,14 @@ class Server(SpeaksJson, BaseHTTPRequestHandler):
             return
         length = len(body["prompt"])
         choice = {"index": 0, "text": f"the prompt has {length} tokens", "logprobs": None}
+        choice |= {} if self.says_ids is None else {"token_ids": self.says_ids}
         choice["finish_reason"] = "length" if length % 2 else "stop"
         self.send({"id": "1", "object": "text_completion", "created": 0, "model": "the model", "choices": [choice]})
 
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    Server.asked, Server.fails_after, Server.refuses = [], 10**9, ""
+    Server.asked, Server.fails_after, Server.refuses, Server.refused, Server.says_ids = [], 10**9, "", 0, None
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
@@ -96,10 +100,23 @@ def test_a_server_gets_no_settings_that_it_refuses(refused: str, url: str) -> No
     prompts = [f"prompt {n}" for n in range(70)]
     found = ask_answers(url, tokenizer(), prompts, tokens=10**6, answer_tokens=9, temperature=1.0, seed=0)
     assert len(found) == len(Server.asked) == 70
+    assert Server.refused == next(n for n, settings in enumerate(SETTINGS) if refused not in settings)
     given = next(settings for settings in SETTINGS if refused not in settings)
     unknown = {key for settings in SETTINGS for key in settings} - set(given)
     assert all(body["top_p"] == 1.0 and given.items() <= body.items() for body in Server.asked)
     assert not any(unknown & set(body) for body in Server.asked)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_answers_that_come_as_tokens_are_not_tokenized_again(ended: bool, url: str) -> None:
+    words = tokenizer()
+    Server.says_ids = [5, 6, words.eos_token_id] if ended else [5, 6]
+    prompts = ["a", "ab", "abc"]
+    found = ask_answers(url, words, prompts, tokens=10**6, answer_tokens=9, temperature=1.0, seed=0)
+    for prompt, document in zip(prompts, found, strict=True):
+        before = prompt_ids(words, prompt)
+        own_end = [] if len(before) % 2 else [words.eos_token_id]
+        assert document.ids == [*before, 5, 6, *([words.eos_token_id] if ended else own_end)]
 
 
 def test_it_asks_no_more_than_is_wanted(url: str) -> None:

@@ -215,10 +215,10 @@ def test_quantize_writes_it(tmp_path: Path):
     text.write_text("the hen met a man. " * 200)
     folder = save(random_model(llama_config(hidden_size=64)), tmp_path / "model")
     run = {"method": "rtn", "bits": 4, "group_size": 32, "rows": 8, "held_out": 4, "row_tokens": 16, "steps": 1}
-    run |= {"batch": 4, "format": "awq", "calibration": f"text:{text}", "keep": ["layers.1.mlp.up_proj"]}
+    run |= {"batch": 4, "format": "awq", "calibration": f"text:{text}", "keep": ["layers.1.mlp.down_proj"]}
     result = logitwise.quantize(folder, tmp_path / "out", logitwise.Recipe(**run))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert config["modules_to_not_convert"] == ["model.layers.1.mlp.up_proj", "lm_head"]
+    assert config["modules_to_not_convert"] == ["model.layers.1.mlp.down_proj", "lm_head"]
     assert "with gptqmodel, and vLLM serves it" in result.report["loading"]
     assert inspect(tmp_path / "out").grid == "4 bits, groups of 32, asymmetric, float16 scales"
     found = evaluate(tmp_path / "out", text=f"text:{text}", reference=folder, rows=2, row_tokens=16)

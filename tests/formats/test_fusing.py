@@ -28,7 +28,7 @@ def test_layers_that_are_fused_on_one_grid(others: dict[str, Grid | None]) -> No
 @pytest.mark.parametrize("others", [{"k_proj": THREE}, {"q_proj": None}, {"q_proj": None, "k_proj": None}])
 def test_layers_that_are_fused_on_several(others: dict[str, Grid | None]) -> None:
     assert unfusable(grids(**others), LINEAR) == (
-        f"it fuses q_proj, k_proj, v_proj of {BLOCK}.self_attn, which do not lie on one grid"
+        f"vLLM fuses q_proj, k_proj, v_proj of {BLOCK}.self_attn, which do not lie on one grid"
     )
 
 
@@ -41,5 +41,5 @@ def test_a_layer_without_its_usual_neighbour() -> None:
 def test_vllm_is_said_to_serve_only_what_it_can_fuse(name: str) -> None:
     apart = unfusable(grids(up_proj=None), LINEAR)
     assert FORMATS[name].loaders({FOUR}).endswith("vLLM serves it")
-    assert FORMATS[name].loaders({FOUR}, apart).endswith(f"vLLM does not, since {apart}")
-    assert choose({FOUR}, apart)[1].endswith(f"vLLM does not, since {apart}")
+    assert FORMATS[name].loaders({FOUR}, apart).endswith(f"vLLM does not: {apart}")
+    assert choose({FOUR}, apart)[1].endswith(f"vLLM does not: {apart}")

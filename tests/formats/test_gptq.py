@@ -373,7 +373,7 @@ def test_quantize_writes_it(tmp_path: Path, symmetric: bool):
         "symmetric": symmetric,
         "format": "gptq",
         "calibration": f"text:{text}",
-        "keep": ["k_proj"],
+        "keep": ["o_proj"],
     }
     result = logitwise.quantize(folder, tmp_path / "out", logitwise.Recipe(**run))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
