@@ -194,6 +194,7 @@ class Data:
         train: the first rows, which are learned from.
         held_out: the last rows, which choose the iterate.
         ranks: who has the other rows.
+        teacher_head: the teacher's, where it is another than the student's.
     """
 
     inputs: Float[Tensor, "rows tokens d"]
@@ -203,6 +204,7 @@ class Data:
     train: int
     held_out: int
     ranks: Ranks = ALONE
+    teacher_head: Head | None = None
 
     def entering(self, rows: slice) -> Float[Tensor, "rows tokens d"]:
         """What the student's window reads of some rows, on the device."""
@@ -215,11 +217,13 @@ class Data:
     def some(self, rows: slice) -> "Data":
         """Some rows alone, on the device."""
         weights, following = self.weights[rows], self.following[rows]
-        return Data(self.entering(rows), self.leaving(rows), weights, following, len(weights), 0, self.ranks)
+        there = self.entering(rows), self.leaving(rows)
+        return Data(*there, weights, following, len(weights), 0, self.ranks, self.teacher_head)
 
     def taps(self, rows: slice, student: Float[Tensor, "rows tokens d"], head: Head | None) -> Taps:
         """What an objective sees of some rows."""
-        return Taps(student, self.leaving(rows), self.weights[rows], self.following[rows], head)
+        weights, following = self.weights[rows], self.following[rows]
+        return Taps(student, self.leaving(rows), weights, following, head, head and self.teacher_head)
 
 
 def batches_of(
@@ -254,7 +258,8 @@ def _brought(data: Data, order: Iterator[Tensor]) -> Generator[Data, None, None]
     with closing(brought(of_rows, (data.inputs, data.targets), bus)) as arriving:
         for rows, (inputs, targets) in arriving:
             weights, following = data.weights[rows], data.following[rows]
-            yield Data(inputs.to(device), targets.to(device), weights, following, len(weights), 0, data.ranks)
+            there = inputs.to(device), targets.to(device), weights, following
+            yield Data(*there, len(weights), 0, data.ranks, data.teacher_head)
 
 
 @dataclass(frozen=True)

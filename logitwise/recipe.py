@@ -324,15 +324,13 @@ class Recipe(_Frozen):
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
     """`key=value` pairs of the command line; values are read as TOML, else taken as text.
 
-    Errors: RecipeError for a pair without `=`, and for a key that is there twice.
+    Errors: RecipeError for a pair without `=`.
     """
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"--set {pair} has no value", "it is read as key=value", "write --set steps=100, say")
-        if key.strip() in settings:
-            raise RecipeError(f"{key.strip()} is given twice", "--set has it two times", "leave one of them out")
         try:
             settings[key.strip()] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:

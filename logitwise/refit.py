@@ -26,6 +26,7 @@ from logitwise.fit import Data, Window, fit
 from logitwise.formats.checkpoint import check_output, staged, write_json
 from logitwise.fused import pays
 from logitwise.grid import Quantized
+from logitwise.head import Head
 from logitwise.machine import choose_machine, repeatable, versions
 from logitwise.measure.figure import Figure, figure_as_json
 from logitwise.measure.likelihood import Likelihood, as_json, kl_difference
@@ -246,14 +247,15 @@ def _fit(
             if block < blocks[0]:
                 student.advance(block, student.load_block(block), entering, call, at_once)
             stage.advance()
-    # Both sides are read by the checkpoint's head, which is the original's but where it was rounded too.
     head, weights = student.head(), rows.weights.to(device)
+    teacher_head = _where_another(teacher.head(), head)
     compiled = device.type == "cuda" and pays(
         recipe.steps * len(slots), recipe.steps * sum(slot.out_features * slot.in_features for slot in slots)
     )
     window = Window(student, blocks, calls, pair.kept, compiled)
     quantizers = {slot: Reopened(pair.stored(slot).to(device), pair.target(slot).to(device)) for slot in slots}
-    given = Data(entering, taught, weights, rows.following.to(device), len(rows) - held_out, held_out)
+    following, train = rows.following.to(device), len(rows) - held_out
+    given = Data(entering, taught, weights, following, train, held_out, teacher_head=teacher_head)
     schedule = Schedule(recipe.steps, recipe.batch, recipe.checks, _learning_of(recipe).__getitem__, recipe.seed)
     objective = OBJECTIVES[recipe.objective](**recipe.objective_settings)
     of_them = f"the last {len(blocks)} blocks" if len(blocks) > 1 else "the last block"
@@ -263,6 +265,15 @@ def _fit(
     folder.save(key, codes, {"blocks": [blocks[0], blocks[-1]], **vars(fitted.course), "tokens": fitted.tokens})
     del window, quantizers, fitted
     gc.collect()
+
+
+def _where_another(original: Head, head: Head) -> Head | None:
+    """The original's head, where a polish has moved the checkpoint's norms or the projection was rounded."""
+    norms = zip(original.after.parameters(), head.after.parameters(), strict=True)
+    if not torch.equal(original.weight, head.weight):
+        return original
+    original.weight = head.weight  # once in memory
+    return None if all(torch.equal(*both) for both in norms) else original
 
 
 def _polish(

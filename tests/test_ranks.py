@@ -357,10 +357,9 @@ def test_two_processes_make_one_checkpoint_and_the_same_again(place: Path) -> No
 
 def test_a_lost_process_ends_the_run_and_another_number_goes_on(place: Path) -> None:
     first, second = start_ranks(place, (*QUANTIZE, "--set", "steps=200"), 2)
-    while (
-        len([file for file in (place / "out.run").glob("*.json") if "-" not in file.stem]) < 2
-    ):  # the text, and a block
-        time.sleep(0.02)
+    while len([file for file in (place / "out.run").glob("*.json") if "-" not in file.stem]) < 2:
+        assert first.is_alive() and second.is_alive(), (place / heard_by(0)).read_text()
+        time.sleep(0.02)  # until there are the text and a block
     second.kill()
     first.join(60)
     said = (place / heard_by(0)).read_text()

@@ -138,6 +138,26 @@ def test_the_figures_are_those_of_evaluate(folder: Path, text: Path, tmp_path: P
         assert measured.perplexity == reported.perplexity
 
 
+@pytest.mark.parametrize("head", ["polished", "rounded"])
+def test_what_chooses_the_iterate_is_the_verdicts_kl_whatever_became_of_the_head(
+    head: str,
+    folder: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The original's answers are by its own norm and head, not by those of the checkpoint."""
+    came = rounded(folder, text, tmp_path / "came", group_size=16)
+    tensors = load_file(came / "model.safetensors")
+    if head == "polished":
+        tensors["model.norm.weight"] *= torch.linspace(0.5, 1.5, len(tensors["model.norm.weight"]))
+    else:
+        tensors["lm_head.weight"] *= torch.linspace(0.8, 1.2, len(tensors["lm_head.weight"])).unsqueeze(-1)
+    save_file(tensors, came / "model.safetensors", {"format": "pt"})
+    found = refit(came, tmp_path / "made", original=folder, recipe=asked(text, device="cpu", compute_dtype="float32"))
+    measured = min(value for _, value in found.report["window"]["held_out"])
+    assert measured == pytest.approx(found.after.kl.mean, rel=1e-4)
+
+
 def test_the_polish_tunes_every_scale_with_codes_frozen(
     folder: Path,  # noqa: F811
     text: Path,  # noqa: F811

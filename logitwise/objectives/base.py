@@ -24,6 +24,8 @@ class Taps:
         weights: how much each position counts.
         following: the token after each position.
         head: what turns hidden states into logits; None where the window does not end with the last block.
+        teacher_head: the teacher's, where it is another. Losses read its norms alone, and their logits of the teacher
+            are by the student's vocabulary projection; what is measured is by all of it.
     """
 
     student: Float[Tensor, "rows tokens d"]
@@ -31,6 +33,7 @@ class Taps:
     weights: Float[Tensor, "rows tokens"]
     following: Int64[Tensor, "rows tokens"]
     head: Head | None
+    teacher_head: Head | None = None
 
 
 class Objective(ABC):
@@ -63,7 +66,7 @@ class Objective(ABC):
 
 
 class LogitObjective(Objective):
-    """A loss of logits, over the positions that count; both sides pass through the same frozen final norm and head.
+    """A loss of logits, over the positions that count; both sides pass through a frozen final norm and head.
 
     Held-out rows are judged by KL(teacher || student), whatever is minimised: it is what the checkpoint is measured by.
     """
@@ -77,7 +80,7 @@ class LogitObjective(Objective):
     @torch.no_grad()
     def measure(self, taps: Taps) -> tuple[float, float]:
         student, teacher, weights, following, head = counted(taps)
-        found = compare(student, head, teacher, head, following)
+        found = compare(student, head, teacher, taps.teacher_head or head, following)
         shares = weights.double().cpu()
         return float((found.kl * shares).sum()), float(shares.sum())
 
@@ -95,6 +98,6 @@ def counted(taps: Taps) -> tuple[Tensor, Tensor, Tensor, Tensor, Head]:
     assert taps.head is not None
     counts = taps.weights > 0
     with torch.no_grad():
-        teacher = taps.head.hidden(taps.teacher[counts])
+        teacher = (taps.teacher_head or taps.head).hidden(taps.teacher[counts])
     student = taps.head.hidden(taps.student[counts])
     return student, teacher, taps.weights[counts], taps.following[counts], taps.head

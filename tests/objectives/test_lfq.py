@@ -46,6 +46,22 @@ def test_measure_is_the_weighted_divergence() -> None:
     assert LFQ.measure(Taps(teacher, teacher, weights, FOLLOWING, head)) == (0.0, 3.5)
 
 
+def test_a_teacher_with_a_head_of_its_own() -> None:
+    """Its norms are read by both; the loss has one projection for both sides, what is measured has each its own."""
+    student, teacher, weights, head = setting()
+    norm = nn.LayerNorm(6).requires_grad_(False)
+    norm.weight.copy_(random(6, seed=8))
+    own = Head({"norm": norm}, random(37, 6, seed=9), random(37, seed=7), 1.0, None)
+    taps = Taps(student, teacher, weights, FOLLOWING, head, own)
+    z, t, shared = (
+        one.logits(norms.hidden(x)).double().view(6, 37)
+        for one, norms, x in ((head, head, student), (own, own, teacher), (head, own, teacher))
+    )
+    assert abs(LFQ.loss(taps) - reference.soft_cross_entropy(z, shared, weights.view(6).double())) <= 1e-5
+    total, _ = LFQ.measure(taps)
+    assert abs(total - float((reference.divergence(z, t) * weights.view(6)).sum())) <= 1e-5
+
+
 def test_held_out_rows_where_nothing_counts_add_nothing() -> None:
     student, teacher, weights, head = setting()
     assert LFQ.measure(Taps(student, teacher, torch.zeros_like(weights), FOLLOWING, head)) == (0.0, 0.0)
