@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from source_files import llama_config, random_model, save
 from test_pipeline import TINY, folder, recipe, text  # noqa: F401
@@ -18,6 +19,7 @@ from logitwise.cli import app
 from logitwise.errors import RecipeError
 from logitwise.planning import Plan
 from logitwise.probe import MadeUp, OfText, OfWindow
+from logitwise.report.figures import show_plan
 from logitwise.source import open_source
 from logitwise.windows import plan_steps
 
@@ -70,6 +72,9 @@ def test_engines_that_fuse_layers_on_two_grids_are_not_said_to_serve_them(
     why = "vLLM fuses q_proj, k_proj, v_proj of model.layers.0.self_attn, which do not lie on one grid"
     assert set(planned.splits.values()) == {why}
     assert planned.loaders.endswith(f"vLLM does not: {why}")
+    console = Console(width=200, record=True)
+    show_plan(console, planned)
+    assert f"  1, 2, 4, 8: {why}" in console.export_text()
 
 
 def test_units_are_multiplied_by_how_many_the_run_has(

@@ -75,8 +75,9 @@ def show_plan(console: Console, found: Plan) -> None:
     console.print()
     console.print(f"{found.loaders}.", highlight=False)
     console.print("Layers shared by several GPUs (tensor parallel):", highlight=False)
-    for count, reason in found.splits.items():
-        console.print(f"  {count}: {escape(reason) if reason else 'yes'}", highlight=False)
+    for reason in dict.fromkeys(found.splits.values()):
+        counts = ", ".join(str(count) for count, own in found.splits.items() if own == reason)
+        console.print(f"  {counts}: {escape(reason) if reason else 'yes'}", highlight=False)
     for note in found.notes:
         console.print(note, style="dim", highlight=False)
 
