@@ -88,6 +88,10 @@ class Quantized:
         """What is stored: codes, scales, zero points and, where there are any, minima."""
         return [self.codes, self.scale, self.zero, *([] if self.minimum is None else [self.minimum])]
 
+    def same_as(self, other: "Quantized") -> bool:
+        """Whether what is stored is the same, bit for bit."""
+        return all(torch.equal(*both) for both in zip(self.parts(), other.parts(), strict=True))
+
     def to(self, device: torch.device) -> "Quantized":
         """The same on another device."""
         codes, scale, zero, *minimum = (part.to(device) for part in self.parts())

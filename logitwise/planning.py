@@ -7,7 +7,7 @@ by how many units the run has.
 import gc
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,10 +103,10 @@ def plan(
     outlined = outline(model, recipe, False, revision)
     grid_of = recipe.grid_of if recipe.target_bits is None else lambda module: recipe.grids_of(module)[0]
     machine = {name: outlined.choices[name].value for name in ("device", "compute_dtype")}
-    size, stored, weights, parameters = _sizes(outlined, recipe, grid_of)
+    grids = {slot.module: grid_of(slot.module) for slot in outlined.slots}
+    size, stored, weights, parameters = _sizes(outlined, recipe, grids)
     with repeatable():
         seconds, device_memory, ram, on_disk, notes = _measured(outlined, recipe.but(**machine), size, watcher)
-    grids = {slot.module: grid_of(slot.module) for slot in outlined.slots}
     fates = Counter(fate.fate for fate in audit(outlined.source, outlined.every, outlined.kept))
     run_folder = int(weights + stored / 8 - weights * recipe.grid.bits / 8) + on_disk
     place = Path(out or ".").absolute()
@@ -128,12 +128,12 @@ def plan(
     )
 
 
-def _sizes(outlined: Outline, recipe: Recipe, grid_of: Callable[[str], Grid]) -> tuple[int, int, int, int]:
+def _sizes(outlined: Outline, recipe: Recipe, grids: Mapping[str, Grid]) -> tuple[int, int, int, int]:
     """Bytes of the checkpoint, bits of its quantized weights, how many those are, and all parameters."""
     source, slots = outlined.source, outlined.slots
     weights = sum(slot.out_features * slot.in_features for slot in slots)
     if recipe.target_bits is None:
-        each = (outlined.format.bits_stored(grid_of(s.module), s.out_features, s.in_features) for s in slots)
+        each = (outlined.format.bits_stored(grids[s.module], s.out_features, s.in_features) for s in slots)
         stored = sum(each)
     else:
         stored = int(recipe.target_bits * weights)

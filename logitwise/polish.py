@@ -133,7 +133,7 @@ class Polish:
             slot: nn.Parameter(torch.zeros_like(q.scale, dtype=torch.float32)) for slot, q in frozen.codes.items()
         }
         vectors = {
-            key: nn.Parameter(self._noted(f"{self.skeleton.blocks_name}.{index}.{key}").float().clone())
+            key: nn.Parameter(self._noted(self._name(index, key)).float().clone())
             for key, parameter in self.skeleton.blocks[index].named_parameters()
             if parameter.dim() == 1
         }
@@ -143,7 +143,7 @@ class Polish:
         codes = {s: self.quantized(s).to(self.skeleton.device) for s in self.skeleton.slots(index) if not self.kept(s)}
         stored = {slot.key for slot in codes}
         matrices = {
-            key: self._source(index, key).to(self.skeleton.dtype)
+            key: self._source(self._name(index, key)).to(self.skeleton.dtype)
             for key, parameter in self.skeleton.blocks[index].named_parameters()
             if parameter.dim() > 1 and key not in stored
         }
@@ -151,12 +151,16 @@ class Polish:
 
     def _noted(self, name: str) -> Tensor:
         """A norm or bias as it is stored, in a type that it keeps."""
-        found = self.skeleton.source.read(name)
+        found = self._source(name)
         self._stored[name] = found.dtype
-        return found.to(self.skeleton.device)
+        return found
 
-    def _source(self, index: int, key: str) -> Tensor:
-        return self.skeleton.source.read(f"{self.skeleton.blocks_name}.{index}.{key}").to(self.skeleton.device)
+    def _source(self, name: str) -> Tensor:
+        return self.skeleton.source.read(name).to(self.skeleton.device)
+
+    def _name(self, index: int, key: str) -> str:
+        """What a block's parameter is called in the model."""
+        return f"{self.skeleton.blocks_name}.{index}.{key}"
 
     # ---- the model as it is now
 
@@ -165,8 +169,7 @@ class Polish:
         frozen = block.frozen or self._read(index)
         weights = dict(frozen.matrices)
         for key, vector in block.vectors.items():
-            stored = self._stored[f"{self.skeleton.blocks_name}.{index}.{key}"]
-            weights[key] = store_through(vector, stored).to(dtype)
+            weights[key] = store_through(vector, self._stored[self._name(index, key)]).to(dtype)
         for slot, q in frozen.codes.items():
             scale = scaled(q.scale, block.log_factors[slot])
             codes = split(q.codes.float(), scale.shape[1]) - q.zero.float().unsqueeze(-1)
@@ -298,7 +301,7 @@ class Polish:
                 if q.minimum is not None:
                     minima[slot.name] = scaled(q.minimum, factor).to(q.grid.scale_dtype)
             for key, vector in block.vectors.items():
-                name = f"{self.skeleton.blocks_name}.{index}.{key}"
+                name = self._name(index, key)
                 vectors[name] = vector.to(self._stored[name])
         for name, own in zip(self.head.after_names, self.after, strict=True):
             for key, vector in own.items():

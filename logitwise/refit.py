@@ -211,7 +211,8 @@ def _final_blocks(
     slots = [slot for slot in pair.slots if slot.block in blocks]
     train = data.train[: recipe.rows]
     asked = recipe.model_dump(include={"objective", "objective_settings", "steps", "batch", "checks", "seed"})
-    learning = {role: vars(_learning_of(recipe)[role]) for role in ROLES}
+    learned = _learning_of(recipe)
+    learning = {role: vars(learned[role]) for role in ROLES}
     rows = [part.digest() for part in (train, data.held_out)]
     key = chain(root, blocks=list(blocks), rows=rows, learning=learning, **asked)
     if not folder.has(key):
@@ -220,7 +221,7 @@ def _final_blocks(
     for slot in slots:
         stored = pair.stored(slot)
         made = folder.load(key, stored.grid, slot.name)
-        if not all(torch.equal(a, b) for a, b in zip(made.parts(), stored.parts(), strict=True)):
+        if not made.same_as(stored):
             found[slot.name] = made
     return found, key
 
@@ -307,8 +308,9 @@ def _polish(
         watcher.say("the polish lowered KL on the held-out rows at no step: the scales were left as they were")
         return found
     for slot in pair.slots:
-        tuned, there = polished.of(slot.name, stored(slot)), pair.stored(slot)
-        if slot.name in made or not all(torch.equal(*both) for both in zip(tuned.parts(), there.parts(), strict=True)):
+        before = stored(slot)
+        tuned = polished.of(slot.name, before)
+        if slot.name in made or not tuned.same_as(before):
             found[slot.name] = tuned
     for name, vector in polished.vectors.items():
         if not torch.equal(pair.checkpoint.read(name), vector):
