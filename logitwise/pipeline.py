@@ -26,7 +26,7 @@ from logitwise.machine import repeatable, versions
 from logitwise.memory import enough_memory
 from logitwise.polish import POLISHED, Polish, Polished
 from logitwise.preflight import Job, check, check_shared
-from logitwise.probe import bytes_of_streams, try_memory
+from logitwise.probe import TRIED_ON, bytes_of_streams, try_memory
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.ranks import joined
 from logitwise.recipe import Choice, Recipe
@@ -46,10 +46,6 @@ ROWS_AT_A_TIME = 8
 
 PARTS_OF_THE_BLOCKS = 1 << 20
 """Parts of fresh text that are the final blocks'; the polish has those after."""
-
-
-TRIED_ON = ("cuda",)
-"""Devices on which two steps of the last fit come first; where memory of another runs out, the process is ended."""
 
 LESS_MEMORY = (
     "choose a smaller --batch, shorter --row-tokens, fewer --rows or --final-blocks, and run again: finished blocks "

@@ -24,7 +24,7 @@ from logitwise.grid import Grid
 from logitwise.machine import repeatable
 from logitwise.memory import free_memory, total_memory
 from logitwise.preflight import Outline, outline
-from logitwise.probe import OfWindow, bytes_of_streams, of_forward, of_text, of_window
+from logitwise.probe import TRIED_ON, OfWindow, bytes_of_streams, of_forward, of_text, of_window
 from logitwise.quantizers import INFORMED, QUANTIZERS
 from logitwise.recipe import Choice, Recipe
 from logitwise.skeleton import PROOF_BLOCKS, Slot
@@ -176,6 +176,8 @@ def _measured(
         stage.advance()
     gc.collect()
     seconds[FIRST] += usual.first + (last.first if last else 0.0)
+    if last and device.type in TRIED_ON:
+        seconds[FIRST] += last.opening + 2 * last.step
     if not seconds[FIRST]:
         del seconds[FIRST]
 

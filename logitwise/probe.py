@@ -40,6 +40,10 @@ LONG_ENOUGH = 1.0
 MOST_STEPS = 40
 TIMES = 3
 """How often what takes little is timed."""
+ONCE = 20.0
+"""Seconds of opening a window that are not spent again: what a first one takes longer is little of them."""
+TRIED_ON = ("cuda",)
+"""Devices on which two steps of the last fit come first; where memory of another runs out, the process is ended."""
 
 
 class MadeUp(Source):
@@ -168,7 +172,7 @@ def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot],
             trial.close()
             trial.open(kept)
 
-        if opening < LONG_ENOUGH:  # of which much may have been kernels that were loaded
+        if opening < ONCE:  # of which much may have been kernels that were loaded
             opening = min(first, _least(device, again))
         first -= opening
         if not step.steps:

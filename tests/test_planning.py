@@ -96,6 +96,10 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     assert seconds["writing calibration text"] == 1e3 * (24 + 8 + 2) * 24
     assert seconds["fitting blocks"] == 2 * (1e2 + 6 * 1e4 + 3 * 8 * 1e6) + 2 * 2 * 32 * 1.0
     assert seconds["fitting the final blocks by lfq"] == 3e3 + 6 * 5e5 + 3 * 8 * 7e6 + 2 * 8 * 7e6
+    monkeypatch.setattr(planning, "TRIED_ON", ("cpu",))
+    tried = logitwise.plan(folder, asked).seconds
+    assert tried.pop(planning.FIRST) == seconds[planning.FIRST] + 3e3 + 2 * 5e5
+    assert tried == {part: taken for part, taken in seconds.items() if part != planning.FIRST}
     block, head = 1e4 / 4, 5e5 / 4 - 1e4 / 4
     assert seconds["polishing"] == pytest.approx(5 * 2 * (2 * block + head) + 2 * (32 + 2 * 8 * 3))
 
@@ -122,6 +126,26 @@ def test_one_slow_moment_is_not_every_windows(
     assert 0 < found.step < 0.3
     assert found.opening < 0.5
     assert found.first > 0.3
+
+
+def test_what_the_first_window_loads_is_not_every_windows(
+    folder: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kernels of the starts may take seconds, which a window alone does not show."""
+    waits = iter([1.5])
+
+    def slow_first(*given: Any) -> Any:
+        time.sleep(next(waits, 0.0))
+        return true_window(*given)
+
+    true_window = probe.Window
+    monkeypatch.setattr(probe, "Window", slow_first)
+    asked, source = recipe(text, device="cpu", compute_dtype="float32"), open_source(folder)
+    found = probe.of_window(source, asked, plan_steps(asked, 2, "plan")[0], lambda slot: False, 4)
+    assert found.opening < 0.5
+    assert found.first > 1.0
 
 
 def test_made_up_weights_have_the_shapes_and_are_the_same_each_time(folder: Path) -> None:  # noqa: F811
