@@ -29,7 +29,7 @@ tags: [logitwise, quantized]
 # {name}, {title}
 
 The linear layers of {name} {each}, by
-[logitwise](https://pypi.org/project/logitwise/) {report["versions"]["logitwise"]} with {recipe["method"]}.
+logitwise {report["versions"]["logitwise"]} with {recipe["method"]}.
 The final blocks were fitted by {report["fitted_by"]}{polished}.{rewritten}
 {report["bits_per_weight"]:.2f} bits a quantized weight, {report["size_bytes"] / 1e6:.0f} MB in all.
 {measured}

@@ -43,7 +43,6 @@ class Slot:
         block: the block it is in.
         out_features, in_features: its shape as quantizers see it, [out, in].
         transposed: the parameter is stored [in, out] (GPT-2's Conv1D).
-        expert: its place in a stacked 3-D parameter, or None.
     """
 
     name: str
@@ -52,7 +51,6 @@ class Slot:
     out_features: int
     in_features: int
     transposed: bool = False
-    expert: int | None = None
 
     @property
     def module(self) -> str:
@@ -61,7 +59,7 @@ class Slot:
 
     def get(self, weights: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
         """The slot's weight, [out, in], out of its block's parameters."""
-        parameter = weights[self.key] if self.expert is None else weights[self.key][self.expert]
+        parameter = weights[self.key]
         return parameter.T.contiguous() if self.transposed else parameter
 
     def put(self, weight: Float[Tensor, "out in"]) -> Tensor:

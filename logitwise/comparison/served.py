@@ -186,13 +186,10 @@ def open_served(spec: str, tokenizer: PreTrainedTokenizerBase, watcher: Watcher)
         spec: the address, up to /v1; after a #, the model's id where there are several.
         tokenizer: full precision's.
 
-    Errors: CalibrationError where no server answers; SourceError where the address is none, it serves several models
+    Errors: CalibrationError where the address is none or no server answers; SourceError where it serves several models
     and none is chosen, or nothing that it offers can be asked.
     """
     url, _, chosen = spec.partition("#")
-    if not url.startswith(("http://", "https://")):
-        remedy = "give one such as --server http://localhost:8000/v1"
-        raise SourceError(f"{url!r} is no address of a server", "it begins with neither http:// nor https://", remedy)
     rooms = {model.id: (model.model_extra or {}).get("max_model_len") for model in served_models(url)}
     offered = list(rooms)
     if chosen not in offered and (chosen or len(offered) > 1):
