@@ -116,7 +116,8 @@ def quantease(weight: Float[Tensor, "out in"], grid: Grid, moments: Float[Tensor
     """Cyclic coordinate descent over the columns (QuantEase, arXiv 2309.01885), on the grid of `weighted`.
 
     u_j = w_j + sum over k != j of (w_k - what_k) M_kj / M_jj,  what_j = the nearest code's value. 30 sweeps; every
-    third, up to the 25th, leaves what_j = u_j. What is rounded is u of the last sweep.
+    third, up to the 25th, leaves what_j = u_j. What is rounded is u of the last sweep; a group of zeros, whose scale
+    says nothing, stays what it is.
     """
     at = weighted(weight, grid, moments)
     scale, zero = (x.repeat_interleave(weight.shape[1] // x.shape[1], 1) for x in (at.scale, at.zero))
@@ -142,6 +143,8 @@ def quantease(weight: Float[Tensor, "out in"], grid: Grid, moments: Float[Tensor
             moved = what[:, block] - before
             pull[:, : block.start] -= moved @ moments[block, : block.start]
             pull[:, block.stop :] -= moved @ moments[block, block.stop :]
+    anything = split(weight, at.scale.shape[1]).any(-1, keepdim=True)
+    rounded = merge(split(rounded, at.scale.shape[1]) * anything)
     return of_grid(_within(rounded, grid, at.scale, at.zero), grid, at.scale, at.zero)
 
 

@@ -81,8 +81,12 @@ def of_share(weight: Float[Tensor, "out in"], grid: Grid, share: Float[Tensor, "
 def of_grid(
     weight: Float[Tensor, "out in"], grid: Grid, scale: Float[Tensor, "out groups"], zero: Float[Tensor, "out groups"]
 ) -> StartPoint:
-    """A grid that was found otherwise; its range is a little wider than its codes, so that shares may grow too."""
-    low, high = -zero * scale / NEARLY_ALL, (grid.levels - zero) * scale / NEARLY_ALL
+    """A grid that was found otherwise; its range is a little wider than its codes, so that shares may grow too.
+
+    A group of zeros has no range, whatever its scale: what is learned of it must not make it another.
+    """
+    anything = split(weight, scale.shape[1]).any(-1)
+    low, high = (end * scale / NEARLY_ALL * anything for end in (-zero, grid.levels - zero))
     return StartPoint(weight, scale, zero, low, high, torch.full_like(scale, NEARLY_ALL))
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
-from logitwise.quantizers import QUANTIZERS, STARTS, Quantizer
-from logitwise.quantizers.starts import StartPoint, of_share
+from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS, Quantizer
+from logitwise.quantizers.starts import Start, StartPoint, of_share
 from logitwise.recipe import Recipe
 
 GRIDS = [
@@ -154,6 +154,30 @@ def test_zeros_stay_zeros_and_rows_do_not_meet(method: str, symmetric: bool) -> 
     assert torch.equal(whole[1, 8:16], torch.zeros(8))
     alone = QUANTIZERS[method].start(awkward()[6:7], grid, STARTS["searched"])(1.0)
     assert torch.equal(whole[6], alone[0])
+
+
+@pytest.mark.parametrize("method", ["flexround", "lrq", "signround", "gsq"])
+@pytest.mark.parametrize("start", [*STARTS, *INFORMED])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounding_that_moves_makes_no_weight_of_zeros(method: str, start: str, symmetric: bool) -> None:
+    """The scale of a group of zeros says nothing: a code more or less must not be a step of it."""
+    quantizer = QUANTIZERS[method].start(awkward(), Grid(4, 8, symmetric), start_of(start))
+    with torch.no_grad():
+        for parameter in quantizer.groups()["rounding"]:
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    whole = quantizer(1.0)
+    assert whole[0].abs().max() < 1e-3
+    if start != "gptq":  # whose errors are made up for there
+        assert whole[1, 8:16].abs().max() < 1e-3
+
+
+def start_of(name: str) -> Start:
+    """One of the starts; those that know what inputs are like know of inputs that are not independent."""
+    if name in STARTS:
+        return STARTS[name]
+    inputs = torch.randn(64, 24, generator=torch.Generator().manual_seed(5))
+    inputs[:, 1:] += inputs[:, :-1]
+    return lambda weight, grid: INFORMED[name](weight, grid, inputs.T @ inputs / len(inputs))
 
 
 @over_methods
