@@ -169,7 +169,10 @@ class _Best:
     def offer(self, step: int, value: float) -> None:
         if self.step is None or value < self.value:
             self.step, self.value = step, math.inf if math.isnan(value) else value
-            self._iterate = [parameter.detach().clone() for parameter in self.parameters]
+            if not self._iterate:
+                self._iterate = [torch.empty_like(parameter) for parameter in self.parameters]
+            for kept, parameter in zip(self._iterate, self.parameters, strict=True):
+                kept.copy_(parameter.detach())
 
     def tensors(self) -> dict[str, Tensor]:
         """The iterate, to be kept."""

@@ -8,6 +8,10 @@ from torch import Tensor, nn
 
 from logitwise.recipe import Learning
 
+EPSILON = 1e-15
+"""Adam's. Its usual 1e-8 is larger than many gradients of a mean squared error, which shrink with the square of the
+hidden states: where these are small, it would hold the fit up."""
+
 
 class SignSGD(torch.optim.Optimizer):
     """p <- p - rate * sign(gradient), as SignRound is published."""
@@ -99,7 +103,9 @@ class Optimizers:
 def _optimizer(learning: Learning, group: list[dict[str, list[nn.Parameter]]]) -> torch.optim.Optimizer:
     if learning.optimizer == "sign_sgd":
         return SignSGD(group)
-    return Lion(group, learning.decay) if learning.optimizer == "lion" else torch.optim.Adam(group, fused=True)
+    if learning.optimizer == "lion":
+        return Lion(group, learning.decay)
+    return torch.optim.Adam(group, eps=EPSILON, fused=True)
 
 
 def rate_at(learning: Learning, step: int, steps: int) -> float:

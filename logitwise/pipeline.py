@@ -214,7 +214,7 @@ def _fit(
     if compiles(job.skeleton, steps):  # which may differ in the last bit
         steps = plan_steps(recipe, len(job.skeleton), chain(root, compiled=True), digest, most)
     batch = recipe.batch_last or recipe.batch
-    fresh = _fresh(job, recipe, batch, folder, steps[-1].key) if recipe.fresh_last else None
+    fresh = _fresh(job, recipe, data, batch, folder, steps[-1].key) if recipe.fresh_last else None
     held_out = ranks.count(len(data.held_out))
     last = [step for step in steps if step.refit and not folder.has(step.key)]
     if last and job.skeleton.device.type in TRIED_ON:  # what does not fit is to show in the first minute, not the last
@@ -274,7 +274,8 @@ def _polish(
                 job.skeleton, recipe, Rows.join(own), len(own[1]), codes, job.kept, ranks=ranks, streams=streams
             )
             batch = recipe.polish_batch or recipe.batch
-            fresh = _fresh(job, recipe, batch, folder, key, PARTS_OF_THE_BLOCKS) if recipe.polish_fresh else None
+            after = PARTS_OF_THE_BLOCKS
+            fresh = _fresh(job, recipe, data, batch, folder, key, after) if recipe.polish_fresh else None
             folder.save_polished(key, polish.run(stage, fresh, halfway(folder, key)))
         del polish, fresh
         gc.collect()  # recorded blocks hold themselves in cycles
@@ -290,14 +291,16 @@ def _say_flat(watcher: Watcher, what: str, flat: int | None, steps: int, tokens:
     watcher.say(f"{what}: {curve}; {tokens:,} tokens were learned from")
 
 
-def _fresh(job: Job, recipe: Recipe, batch: int, folder: RunFolder, key: str, after: int = 0) -> Iterator[Rows]:
+def _fresh(
+    job: Job, recipe: Recipe, data: RunRows, batch: int, folder: RunFolder, key: str, after: int = 0
+) -> Iterator[Rows]:
     """Calibration rows without end, those after so many parts; the whole model is loaded once, and let go with them."""
     loader = cache(lambda: load_whole(job.source, job.skeleton.device, job.skeleton.dtype))
     asked = recipe.model_dump(include={"row_tokens", "seed", "temperature"})
     ranks, tokenizer = folder.ranks, job.source.tokenizer()
     keep = batches(folder, key) if ranks.world == 1 else keep_nothing  # ranks write at moments of their own
     parts = {"rows": ROWS_AT_A_TIME * ranks.count(batch), "after": after + ranks.rank, "every": ranks.world}
-    return fresh_rows(recipe.calibration, tokenizer, loader, keep=keep, **parts, **asked)
+    return fresh_rows(recipe.calibration, tokenizer, loader, data.held_out, keep=keep, **parts, **asked)
 
 
 def _verdict(

@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
+from typing import Literal
 
 import psutil
 import torch
@@ -149,9 +150,15 @@ class _Trial:
         del self.window, self.quantizers
 
     def learn(self, steps: int) -> None:
-        """So many steps."""
-        schedule = Schedule(steps, self.step.batch, 1, self.step.learning.__getitem__, self.recipe.seed, "last")
-        data = replace(self.data, held_out=0)
+        """So many steps, and nothing else."""
+        self._fit(steps, "last", replace(self.data, held_out=0))
+
+    def learn_and_choose(self, steps: int) -> None:
+        """So many steps beside the best iterate so far, by rows that are held out."""
+        self._fit(steps, "held_out", self.data)
+
+    def _fit(self, steps: int, choose: Literal["held_out", "last"], data: Data) -> None:
+        schedule = Schedule(steps, self.step.batch, 1, self.step.learning.__getitem__, self.recipe.seed, choose)
         fit(self.window, self.quantizers, self.objective, self.head, data, schedule, Stage())
 
     def ask(self) -> None:
@@ -187,7 +194,8 @@ def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot],
     groups = [group for quantizer in trial.quantizers.values() for group in quantizer.groups().values()]
     learned = sum(parameter.numel() for group in groups for parameter in group)
     first, opening = first + max(0.0, slow - few), opening + max(0.0, few - 2 * each)
-    return OfWindow(first, opening, each, asked / step.batch, peak(), learned)
+    best = 4 * learned  # bytes of the best iterate, which steps that are only timed do not keep
+    return OfWindow(first, opening, each, asked / step.batch, peak() + best, learned)
 
 
 def try_memory(skeleton: Skeleton, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], streams: int) -> None:
@@ -198,7 +206,7 @@ def try_memory(skeleton: Skeleton, recipe: Recipe, step: Step, kept: Callable[[S
     held = torch.empty(streams, dtype=torch.uint8, device=skeleton.device)
     trial = _Trial(skeleton, recipe, step, step.batch)
     trial.open(kept)
-    trial.learn(2)
+    trial.learn_and_choose(2)
     del held, trial
     gc.collect()  # recorded blocks hold themselves in cycles
     if skeleton.device.type == "cuda":

@@ -17,7 +17,7 @@ from logitwise.quantizers import QUANTIZERS, STARTS
 from logitwise.recipe import Learning, Recipe
 from logitwise.runfolder import chain
 
-NUMERICS = 4
+NUMERICS = 5
 """Raised when the same settings give another result, so that finished windows of before are not reused."""
 
 

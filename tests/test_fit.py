@@ -456,6 +456,24 @@ def test_lion_is_the_published_formula(decay: float) -> None:
         assert p.grad is None
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-10])
+def test_adam_goes_the_same_way_however_small_the_loss_is(size: float) -> None:
+    """A mean squared error shrinks with the square of the hidden states, which are small in a model's first blocks."""
+    slopes, own = (
+        np.random.default_rng(0).normal(size=(20, 7)),
+        Learning(optimizer="adam", rate=1e-2, schedule="constant"),
+    )
+    paths = []
+    for by in (1.0, size):
+        p = nn.Parameter(torch.zeros(7))
+        optimizers = Optimizers([("scale", p)], lambda role: own)
+        for gradient in slopes:
+            p.grad = torch.from_numpy(by * gradient).float()
+            optimizers.step(lambda learning: learning.rate)
+        paths.append(p.detach())
+    assert torch.allclose(*paths, rtol=1e-3, atol=0)
+
+
 def test_moments_are_the_mean_outer_products_of_what_each_slot_reads(skeleton: Skeleton, data: Data) -> None:
     window = Window(skeleton, range(1, 3), skeleton.calls(TOKENS), lambda slot: slot.name.endswith("o_proj.weight"))
     hidden = data.inputs[:5]

@@ -1,6 +1,8 @@
 """Recipes: what is asked, checked before anything is done."""
 
 import ast
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import logitwise
 from logitwise import recipe as module
 from logitwise.errors import RecipeError
 from logitwise.grid import Grid
+from logitwise.polish import POLISHED
+from logitwise.preflight import check_roles
 from logitwise.quantizers import QUANTIZERS
 from logitwise.recipe import FALLS_WITH, PRESETS, REFIT, Learning, Recipe, parse_settings
+from logitwise.windows import check_windows, roles_of
 
 PACKAGE = Path(logitwise.__file__).parent
 
@@ -302,3 +307,21 @@ def test_a_constant_rate_has_no_end() -> None:
     constant = {"optimizer": "adam", "rate": 1e-3, "schedule": "constant", "end": 0.1}
     with pytest.raises(RecipeError, match="falls to no end"):
         Recipe.load(None, learning={"scale": constant})
+
+
+def test_every_key_is_in_the_options_page() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "options.md").read_text("utf-8")
+    given = {key: (f"`{key}", f"`--set {key}=", f"--{key.replace('_', '-')}") for key in Recipe.model_fields}
+    missing = [key for key, ways in given.items() if not any(way in page for way in ways)]
+    assert not missing
+
+
+def test_the_recipe_in_the_options_page_is_one() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "options.md").read_text("utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    recipe = Recipe.load(None, **tomllib.loads(example))
+    check_windows(recipe, 4)
+    check_roles(
+        {"learning": (recipe.learning, roles_of(recipe)), "polish_learning": (recipe.polish_learning, POLISHED)}
+    )
+    assert recipe.grid_of("model.layers.0.mlp.up_proj").bits == 4

@@ -30,6 +30,7 @@ __all__ = ["Calibration", "check_spec", "documents_of", "fresh_rows", "prepare",
 KINDS = "self, self:FILE, server:URL, text:FILE, jsonl:FILE, hf:NAME"
 ANSWER_TOKENS = 256  # the longest answer of the model's own text
 ANSWER_BATCH = 96
+PATIENCE = 10  # parts of fresh text in a row whose prompts are all held out, before there is taken to be no other
 DOCUMENT_LEAST = 32  # tokens; a templated prompt and its answer are hardly ever shorter, so prompts do not run out
 
 
@@ -190,6 +191,7 @@ def fresh_rows(
     spec: str,
     tokenizer: PreTrainedTokenizerBase,
     model_loader: Callable[[], PreTrainedModel],
+    held_out: Rows,
     *,
     rows: int,
     row_tokens: int,
@@ -202,12 +204,14 @@ def fresh_rows(
     """New rows without end, `rows` at a time: the model, or the server, goes on answering prompts.
 
     The prompts of a file are answered again and again, in another order; those that ship are drawn anew each time.
+    Answers to a prompt that stands in the held-out rows are left out: these rows say when to stop.
 
     Args: as of `prepare`; the loader is called each time, and may give the same model.
+        held_out: the rows that choose.
         after: so many parts are left out, so that two who ask with one seed get other rows.
         every: only each so manieth part after those is given.
 
-    Errors: CalibrationError for text that is read and not written.
+    Errors: CalibrationError for text that is read and not written, and where every prompt stands in the held-out rows.
     """
     if not writes(spec):
         raise CalibrationError(
@@ -215,13 +219,22 @@ def fresh_rows(
             "its text is read, not written",
             "choose --calibration self, self:PROMPTS or server:URL, or leave out polish_fresh and fresh_last",
         )
-    separator, pending = separator_of(tokenizer), list[Document]()
+    separator, pending, empty = separator_of(tokenizer), list[Document](), 0
     for part in count(after + 1, every):
         tokens = (rows + 1) * row_tokens
         own = ((seed + 1) * 1_000_003 + part) % 2**62
-        pending += documents_of(
+        written = documents_of(
             spec, tokenizer, model_loader, tokens=tokens, seed=own, temperature=temperature, keep=keep
         )
+        others = [document for document in written if not held_out.hold(document.prompt)]
+        empty = 0 if others else empty + 1
+        if empty == PATIENCE:
+            raise CalibrationError(
+                "there is no new text", "every prompt that was answered is in held-out rows", "give more prompts"
+            )
+        pending += others
+        if sum(len(document.ids) - 1 for document in pending) <= row_tokens:  # not a row yet, separators taken off
+            continue
         packed = pack(pending, separator, row_tokens)
         if len(packed) >= rows:
             pending = []

@@ -27,6 +27,11 @@ class Document:
     ids: list[int]
     counts: list[bool]
 
+    @property
+    def prompt(self) -> list[int]:
+        """Its tokens before the first that counts."""
+        return self.ids[: self.counts.index(True)] if True in self.counts else self.ids
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -51,6 +56,13 @@ class Rows:
     def counted(self) -> int:
         """How many predictions count."""
         return int((self.weights > 0).sum())
+
+    def hold(self, ids: list[int]) -> bool:
+        """Whether these tokens stand in them one after another, from one row into the next too."""
+        if not ids or ids[0] not in (text := self.ids.flatten().tolist()):
+            return False
+        places = (place for place, token in enumerate(text) if token == ids[0])
+        return any(text[place : place + len(ids)] == ids for place in places)
 
     def digest(self) -> str:
         """A hash of everything in them."""

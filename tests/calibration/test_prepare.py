@@ -1,6 +1,7 @@
 """From a spec to rows: what is made of each kind, and what is refused."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from helpers import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from logitwise.calibration import Calibration, check_spec, prepare
+from logitwise.calibration import Calibration, check_spec, fresh_rows, prepare
 from logitwise.errors import CalibrationError
 
 
@@ -94,6 +95,27 @@ def test_the_models_own_text(tmp_path: Path, file: str | None) -> None:
     assert found.counts["tokens"] >= 288
     if file is not None:
         assert "ab" in found.first_row_text
+
+
+def test_fresh_text_answers_no_prompt_that_is_held_out(tmp_path: Path) -> None:
+    """Where those who choose are asked anew, a curve that falls on is what was learned by heart."""
+    file, read = tmp_path / "prompts.txt", tokenizer(bos_token="<s>", eos_token="</s>")
+    file.write_text("\n".join(f"{letter}{letter}" for letter in "abcdefgh"))
+    model = tiny_model("llama")
+    options: dict[str, Any] = {"row_tokens": 48, "model": lambda: model}
+    held_out = made(f"self:{file}", rows=6, held_out=4, **options).held_out
+    inside = {letter for letter in "abcdefgh" if held_out.hold(read(f"{letter}{letter}\n").input_ids)}
+    assert inside
+    assert inside != set("abcdefgh")
+    fresh = fresh_rows(f"self:{file}", read, lambda: model, held_out, rows=3, row_tokens=48, seed=0)
+    met = set()
+    for rows in islice(fresh, 6):
+        assert rows.ids.shape == (3, 48)
+        met |= {letter for letter in "abcdefgh" if rows.hold(read(f"{letter}{letter}\n").input_ids)}
+    assert met == set("abcdefgh") - inside
+    file.write_text("\n".join(f"{letter}{letter}" for letter in inside))
+    with pytest.raises(CalibrationError, match=r"no new text\n.*every prompt"):
+        next(fresh_rows(f"self:{file}", read, lambda: model, held_out, rows=3, row_tokens=48, seed=0))
 
 
 @pytest.mark.parametrize(
