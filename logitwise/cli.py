@@ -1,11 +1,15 @@
 """The command line: one function a command, each a call of one public function."""
 
 import json
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import Signature, signature
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -19,17 +23,39 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Low-bit quantization of language models that looks at the token probabilities (LFQ).",
 )
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+
+UNBROKEN = 1000
+"""Columns of what is not read on a terminal: a line there is a line."""
 
 PAUSE = 2.0
 """Seconds before another process than the first says what it refuses: torchrun ends it, where the first has said so."""
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no remarks.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also what each fit came to.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also details, such as what each fit came to.")]
 Log = Annotated[Path | None, typer.Option("--log", help="Also write progress and remarks to this file.")]
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        from logitwise.machine import versions
+
+        for package, version in sorted(versions().items(), key=lambda each: each[0] != "logitwise"):
+            print(package, version)
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def of_all(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show it, and those of what decides results."),
+    ] = False,
+) -> None:
+    """Low-bit quantization of language models that looks at the token probabilities (LFQ)."""
 
 
 @app.command()
@@ -120,7 +146,7 @@ def quantize(
             watcher=watcher,
         )
         if rank() == 0:
-            show_result(Console(), result)
+            show_result(_console(), result)
         if strict and result.unmet:
             raise UnmetError(result.unmet[0], "--strict was given", f"the checkpoint is at {out} all the same")
 
@@ -177,7 +203,7 @@ def _plan(options: dict[str, Any]) -> None:
         from logitwise.report.figures import show_plan
 
         found = run(options["model"], made, out=options.get("out"), revision=options["revision"], watcher=watcher)
-        show_plan(Console(), found)
+        show_plan(_console(), found)
         refuse_unmet(found)
 
 
@@ -198,7 +224,7 @@ def evaluate(
     """Perplexity, KL and top-1 agreement with another model, teacher-forced, each with its standard error."""
     if (text is None) == (jsonl is None):
         raise RecipeError(
-            "no text to evaluate on" if text is None else "two texts", "one is needed", "give --text or --jsonl"
+            "no text to evaluate on" if text is None else "two texts", "figures are of one", "give --text or --jsonl"
         )
     with _watching(quiet, verbose, log) as watcher:
         from logitwise.evaluation import evaluate as run
@@ -211,7 +237,7 @@ def evaluate(
         found = run(
             model, text=spec, reference=reference, rows=rows, row_tokens=row_tokens, device=device, watcher=watcher
         )
-        show_evaluation(Console(), found)
+        show_evaluation(_console(), found)
         if json_file is not None:
             write_whole(json_file, json.dumps(found.as_json(), indent=2) + "\n")
 
@@ -269,14 +295,14 @@ def compare(
             fresh=fresh,
             watcher=watcher,
         )
-        show_compared(Console(), found.report, found.findings)
+        show_compared(_console(), found.report, found.findings)
 
 
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    format: Annotated[str, typer.Option("--format", help="What to write it in.")],
+    format: Annotated[str, typer.Option("--format", help="compressed-tensors, gptq, awq, mlx or gguf.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the written checkpoint back.")] = False,
     quiet: Quiet = False,
@@ -289,7 +315,7 @@ def export(
         from logitwise.report.figures import show_exported
 
         show_exported(
-            Console(), run(checkpoint, out, format, overwrite=overwrite, verify=not no_verify, watcher=watcher)
+            _console(), run(checkpoint, out, format, overwrite=overwrite, verify=not no_verify, watcher=watcher)
         )
 
 
@@ -358,7 +384,7 @@ def refit(
             verify=not no_verify,
             watcher=watcher,
         )
-        show_refitted(Console(), result)
+        show_refitted(_console(), result)
 
 
 @app.command()
@@ -367,10 +393,11 @@ def inspect(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every tensor.")] = False,
 ) -> None:
     """What is in a checkpoint: bits, grids, sizes, what is quantized and what not."""
+    _alone()
     from logitwise.evaluation import inspect as run
     from logitwise.report.figures import show_contents
 
-    show_contents(Console(), run(checkpoint), verbose)
+    show_contents(_console(), run(checkpoint), verbose)
 
 
 @app.command()
@@ -385,7 +412,19 @@ def demo(
         from logitwise.demo import demo as run
         from logitwise.report.figures import show_demo
 
-        show_demo(Console(), run(folder, watcher))
+        show_demo(_console(), run(folder, watcher))
+
+
+def _console(stderr: bool = False) -> Console:
+    """Where tables and sentences go; into a file or a pipe lines are not broken, unless COLUMNS says where."""
+    drawn = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, width=None if drawn else UNBROKEN)
+
+
+def _alone() -> None:
+    """Errors: RecipeError where there are many processes and the command is not for them."""
+    if started() > 1:
+        raise RecipeError("the command runs in one process", f"there are {started()}", "start it without torchrun")
 
 
 @contextmanager
@@ -394,8 +433,8 @@ def _watching(quiet: bool, verbose: bool, log: Path | None, many: bool = False) 
 
     Errors: RecipeError where there are many processes and the command is not for them.
     """
-    if started() > 1 and not many:
-        raise RecipeError("the command runs in one process", f"there are {started()}", "start it without torchrun")
+    if not many:
+        _alone()
     import warnings
 
     import transformers
@@ -407,7 +446,7 @@ def _watching(quiet: bool, verbose: bool, log: Path | None, many: bool = False) 
     transformers.utils.logging.disable_progress_bar()
     if not verbose:
         warnings.simplefilter("ignore")
-    terminal = TerminalWatcher(Console(stderr=True), quiet, verbose)
+    terminal = TerminalWatcher(_console(stderr=True), quiet, verbose)
     with ExitStack() as open_now:
         open_now.enter_context(enough_memory("choose another --device, smaller numbers, or a machine with more"))
         if log is None or rank():
@@ -420,8 +459,18 @@ def _watching(quiet: bool, verbose: bool, log: Path | None, many: bool = False) 
         yield Together(terminal, TerminalWatcher(Console(file=file, width=120), verbose=True))
 
 
+class _Terminated(BaseException):
+    """SIGTERM has come, as schedulers and `timeout` send it."""
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
 def main() -> None:
-    """The command `logitwise`: exit codes 0 done, 1 the machine failed, 2 refused, 3 not met, 130 interrupted."""
+    """The command `logitwise`: exit codes 0 done, 1 the machine failed, 2 refused, 3 not met, 130, 143 interrupted."""
+    if started() == 1:  # torchrun's own way to end its processes is not to wait for what they are in
+        signal.signal(signal.SIGTERM, _terminated)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     name = "logitwise" if rank() == 0 else f"logitwise, process {rank()} counted from 0"
     try:
@@ -431,6 +480,8 @@ def main() -> None:
             time.sleep(PAUSE)
         console.print(f"[bold red]{name}:[/] {escape(str(error))}")
         code = error.exit_code
+    except _Terminated:
+        code = TERMINATED
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except OSError as error:
@@ -448,7 +499,7 @@ def main() -> None:
         if error.format_message():  # without a word there is only the help to show
             console.print(f"[bold red]logitwise:[/] {escape(error.format_message())}\n  do:   {command} --help")
         code = 2  # a mistake in the words of the command
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, TERMINATED):
         console.print(
             "[bold]logitwise:[/] interrupted; what is finished is kept, and the same command goes on from there"
         )

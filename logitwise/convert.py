@@ -97,7 +97,8 @@ def export(
         model = replace(model, name=report["model"]["name"])
     if (reason := _refusal(form, model, grids)) is not None:
         fits = [name for name, other in FORMATS.items() if _refusal(other, model, grids) is None]
-        remedy = f"choose one that does: {', '.join(fits)}" if fits else "no format here does"
+        fitting = f"choose one that does: {', '.join(fits)}; or " if fits else ""
+        remedy = f"{fitting}quantize the model again, on another grid"
         raise FormatError(f"{format} cannot hold {checkpoint}", reason, remedy)
 
     def contents() -> Iterator[tuple[str, Tensor | Quantized]]:
@@ -113,7 +114,7 @@ def export(
             weights = sum(slot.out_features * slot.in_features for slot in grids)
             loading = form.loaders(set(own.values()), unfusable(own, model.linear))
             report = _report(report, loading, form.name, weights, written)
-            write_json(staging / REPORT, report)
+            write_json(staging / REPORT, report, sort_keys=False)
             (staging / "README.md").write_text(model_card(report), encoding="utf-8")
             (staging / PAGE).write_text(run_page(report), encoding="utf-8")
         if refitted is not None:

@@ -30,9 +30,10 @@ def choose_machine(recipe: Recipe) -> dict[str, Choice]:
     try:
         torch.empty(1, device=device.value)
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(
-            f"device {device.value} cannot be used", str(error).splitlines()[0], "choose --device cpu, or auto"
-        ) from error
+        why = str(error).splitlines()[0]
+        if why.startswith("Expected one of"):  # torch's list has devices that nobody here means
+            why = "it is none of cpu, cuda, cuda:1 (any number) and mps"
+        raise RecipeError(f"device {device.value} cannot be used", why, "choose --device cpu, or auto") from error
     if recipe.compute_dtype != "auto":
         return {"device": device, "compute_dtype": Choice(recipe.compute_dtype, "as asked")}
     if torch.device(device.value).type == "cuda" and torch.cuda.is_bf16_supported():

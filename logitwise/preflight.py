@@ -312,7 +312,7 @@ def _check_keep(patterns: tuple[str, ...], modules: list[str]) -> None:
         if not any(matches(pattern, module) for module in modules):
             near = difflib.get_close_matches(pattern, modules, 1, cutoff=0)
             why = "it is a shell pattern of a name, or of a part from one dot to another"
-            raise RecipeError(f"--keep {pattern} names no layer", why, f"one is called {near[0]}")
+            raise RecipeError(f"--keep {pattern} names no layer", why, f"one that is there is {near[0]}")
 
 
 def _check_slots(slots: list[Slot], recipe: Recipe, linear: list[str]) -> Choice:

@@ -81,7 +81,7 @@ def write(
             "parameters": parameters,
             "audit": [asdict(fate) for fate in job.fates],
         }
-        write_json(staging / REPORT, report)
+        write_json(staging / REPORT, report, sort_keys=False)
         (staging / "README.md").write_text(model_card(report), encoding="utf-8")
         (staging / PAGE).write_text(run_page(report), encoding="utf-8")
         if verify:

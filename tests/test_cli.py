@@ -69,7 +69,7 @@ def test_quantize_evaluate_inspect(place: Path) -> None:
     words = ["compare", "model", "out", "--report", "report.html", "--tasks", "problems", "--answer-tokens", "8"]
     compared = logitwise(place, *words)
     assert compared.returncode == 0, compared.stderr
-    assert "1. Compared with full precision is out: it finds" in compared.stdout
+    assert "1. out agrees with full precision on the likeliest next token at" in compared.stdout
     assert "| out |" in compared.stdout
     assert "out: answers" in compared.stderr
     assert (place / "report.html").is_file()
@@ -129,8 +129,9 @@ def test_a_mistake_is_one_message_and_exit_code_2(place: Path, words: list[str],
     assert sorted(place.iterdir()) == before
 
 
-def test_an_interrupted_run_leaves_no_output_and_goes_on(place: Path) -> None:
-    words = [sys.executable, "-m", "logitwise", "quantize", "model", "cut", *SMALL, "--steps", "4000"]
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_no_output_and_goes_on(place: Path, sent: signal.Signals, code: int) -> None:
+    words = [sys.executable, "-m", "logitwise", "quantize", "model", f"cut{code}", *SMALL, "--steps", "4000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         [*words, "--calibration", "text:text.txt"],
@@ -141,34 +142,43 @@ def test_an_interrupted_run_leaves_no_output_and_goes_on(place: Path) -> None:
         # Where the tests run in the background, the interrupt is ignored and children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    run = place / "cut.run"
+    run = place / f"cut{code}.run"
     for _ in range(600):
         if run.exists() and list(run.glob("*.json")):
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == code, errors
     assert "interrupted" in errors
     assert "Traceback" not in errors
-    assert not (place / "cut").exists()
-    assert not list(place.glob("cut.tmp*"))
+    assert not (place / f"cut{code}").exists()
+    assert not list(place.glob("cut*.tmp*"))
     assert run.exists()
 
 
 def test_the_readme_shows_commands_that_exist() -> None:
-    """Every `logitwise` command of the README parses: its options are those of the command line."""
+    """Every `logitwise` command of the README and of its pages parses: its options are those of the command line."""
     from typer.main import get_command
 
     from logitwise.cli import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    code = "\n".join((ROOT / "README.md").read_text("utf-8").split("```")[1::2])
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    code = "\n".join(part for page in pages for part in page.read_text("utf-8").split("```")[1::2])
     lines = re.findall(r"^logitwise (\w+)(.*)$", code, re.M)
     assert {name for name, _ in lines} >= {"quantize", "evaluate", "inspect"}
     for name, rest in lines:
         known = {option for parameter in commands[name].params for option in parameter.opts + parameter.secondary_opts}
         assert set(re.findall(r"(?<!\S)--?[a-z-]+", rest)) <= known, rest
+
+
+def test_the_versions_are_shown(place: Path) -> None:
+    done = logitwise(place, "--version")
+    assert done.returncode == 0, done.stderr
+    packages = [line.split(" ", 1)[0] for line in done.stdout.splitlines()]
+    assert packages[0] == "logitwise"
+    assert {"python", "torch", "transformers"} <= set(packages)
 
 
 def test_every_option_of_quantize_is_a_recipe_key_or_a_matter_of_the_run() -> None:

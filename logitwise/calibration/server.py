@@ -170,7 +170,7 @@ def client_of(url: str) -> "OpenAI":
         good = False
     if not good:
         remedy = "give the address that ends in /v1, such as http://localhost:8000/v1"
-        raise CalibrationError(f"{url} is no address of a server", "it is not read as http://HOST:PORT/v1", remedy)
+        raise CalibrationError(f"{url!r} is no address of a server", "it is not read as http://HOST:PORT/v1", remedy)
     if find_spec("openai") is None:
         raise CalibrationError(
             "the package openai is not installed", "it asks the server", "pip install logitwise[server]"

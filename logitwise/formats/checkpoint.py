@@ -44,7 +44,7 @@ def write_checkpoint(
     def close_shard() -> None:
         path = folder / f"shard-{len(shards)}.safetensors"
         with writing(path):
-            save_file(held, path, metadata={"format": written_for})
+            save_tensors(held, path, {"format": written_for})
         shards.append(path)
         held.clear()
 
@@ -88,7 +88,13 @@ def replace_tensors(file: Path, out: Path, tensors: Mapping[str, Tensor]) -> Non
                     "report it as a bug",
                 )
             held[name] = new
-        save_file(held, out, metadata)
+        save_tensors(held, out, metadata)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None) -> None:
+    """A file of safetensors that whoever reads its folder may read: safetensors leaves it to its owner alone."""
+    save_file(tensors, file, metadata)
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def _name_shards(folder: Path, shards: list[Path], places: dict[str, int], total: int) -> int:
@@ -104,13 +110,13 @@ def _name_shards(folder: Path, shards: list[Path], places: dict[str, int], total
     return sum(shard.rename(folder / name).stat().st_size for shard, name in zip(shards, names, strict=True))
 
 
-def write_json(path: Path, value: object) -> None:
-    """Writes a value as indented JSON.
+def write_json(path: Path, value: object, sort_keys: bool = True) -> None:
+    """Writes a value as indented JSON, its keys in the order of the alphabet or in their own.
 
     Errors: MachineError where the file cannot be written.
     """
     with writing(path):
-        path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
 @contextmanager

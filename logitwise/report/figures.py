@@ -95,7 +95,8 @@ def show_contents(console: Console, found: Contents, every: bool) -> None:
         before, after = (found.refit[which]["kl"]["mean"] for which in ("before", "after"))
         console.print(f"refitted by logitwise: held-out KL {after:.4f}, before {before:.4f}")
     for kind in sorted({kind for _, _, kind in found.tensors}):
-        console.print(f"{sum(stored == kind for _, _, stored in found.tensors)} tensors in {kind}")
+        count = sum(stored == kind for _, _, stored in found.tensors)
+        console.print(f"{count} tensor{'s' if count > 1 else ''} in {kind}")
     if every:
         table(console, ("tensor", "shape", "stored"), [[n, " x ".join(map(str, s)), k] for n, s, k in found.tensors])
     else:
@@ -157,7 +158,7 @@ def _kept(report: dict[str, Any]) -> str:
 
 def _show_loading(console: Console, result: Result) -> None:
     loading = FORMATS[result.choices["format"].value].loading(str(result.out))
-    console.print(f"\n# {result.report['loading']}\n{loading}", markup=False, highlight=False)
+    console.print(f"\n{result.report['loading']}:\n\n{loading}", markup=False, highlight=False)
 
 
 def _megabytes(size: float) -> str:

@@ -11,6 +11,9 @@ Json = dict[str, Any]
 OVERTURNED = 0.01
 """Share of decided tokens that flip that flip, of all, from which a model is said to overturn decisions."""
 
+MOST = 0.5
+"""Share of full precision's answers that must come to their end, if problems solved are to say something."""
+
 
 def sentences(findings: Json) -> list[str]:
     """The five sentences."""
@@ -20,7 +23,7 @@ def sentences(findings: Json) -> list[str]:
     ranked = told + untold
     return [
         nearest(told, findings["noise"]) if told else answered_alone(untold),
-        " ".join(filter(None, [lost(original, ranked), standard_tasks(ranked)])),
+        " ".join(filter(None, [lost(original, ranked), cut_off(original), standard_tasks(ranked)])),
         where(told) if told else first_differences(untold),
         endings(original, ranked),
         advice(original, ranked),
@@ -49,9 +52,11 @@ def nearest(ranked: list[Json], noise: Json) -> str:
     first, floor = ranked[0], noise["kl"]["mean"]["mean"]
     kl, agrees = first["tokens"]["kl"]["mean"]["mean"], first["tokens"]["top1"]["mean"]
     least = "at least " if first["tokens"]["coarse"] else ""
-    start = "Nearest to full precision" if len(ranked) > 1 else "Compared with full precision"
     times = f", {kl / floor:,.0f} times what mere rounding to bfloat16 does" if floor and kl > 2 * floor else ""
-    said = f"{start} is {first['name']}: it finds the same next token the likeliest at {percent(agrees)} of positions"
+    alike = f"the likeliest next token at {percent(agrees)} of positions"
+    said = f"{first['name']} agrees with full precision on {alike}"
+    if len(ranked) > 1:
+        said = f"Nearest to full precision is {first['name']}: it agrees on {alike}"
     return f"{said} (KL {least}{kl:.3g} nats a token{times})."
 
 
@@ -74,6 +79,13 @@ def lost(original: Json, ranked: list[Json]) -> str:
         return f"Of {own['problems']} problems full precision solves {percent(own['accuracy'])}, {listed(parts)}."
     parts = [f"{percent(model['answers']['identical'])} of {model['name']}'s answers" for model in ranked]
     return f"Word for word the same as full precision's are {listed(parts)}, where each answers by itself."
+
+
+def cut_off(original: Json) -> str:
+    """That problems solved say little where most answers had no room."""
+    if not original["tasks"] or original["answers"]["ended"] >= MOST:
+        return ""
+    return "Most answers of full precision were cut off, which says little of problems: raise --answer-tokens."
 
 
 def standard_tasks(ranked: list[Json]) -> str:

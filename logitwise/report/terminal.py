@@ -106,16 +106,21 @@ class _Lines(Stage):
     def __init__(self, console: Console, title: str, total: float) -> None:
         self.console, self.title, self.total = console, title, total
         self.done, self.began, self.spoke = 0.0, time.monotonic(), time.monotonic()
+        self.detail = ""
 
     def advance(self, units: float = 1, detail: str = "") -> None:
         self.reach(self.done + units, detail)
 
     def reach(self, units: float, detail: str = "") -> None:
-        self.done, now = units, time.monotonic()
+        self.done, now, self.detail = units, time.monotonic(), detail or self.detail
         if now - self.spoke > 60 and 0 < units < self.total:
             left = (now - self.began) * (self.total - units) / units
             self.console.print(
-                f"{self.title}: {100 * units / self.total:.0f} %, {clock(left)} left {detail}".rstrip(),
+                ", ".join(
+                    filter(
+                        None, [f"{self.title}: {100 * units / self.total:.0f} %", f"{clock(left)} left", self.detail]
+                    )
+                ),
                 highlight=False,
                 markup=False,
             )

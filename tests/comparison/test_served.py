@@ -302,8 +302,8 @@ def test_refused_before_any_work(place: Path, like_vllm: tuple[str, Engine]) -> 
     refusals: list[tuple[str, type[LogitwiseError], str]] = [
         (url, SourceError, "reads at most 40 tokens"),
         ("http://127.0.0.1:9/v1", CalibrationError, "does not answer"),
-        ("localhost:8000/v1", SourceError, "is no address"),
-        ("", SourceError, "is no address"),
+        ("localhost:8000/v1", CalibrationError, "is no address"),
+        ("", CalibrationError, "is no address"),
     ]
     for address, error, words in refusals:
         with pytest.raises(error, match=words) as caught:

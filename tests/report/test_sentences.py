@@ -61,7 +61,7 @@ def findings() -> dict[str, Any]:
 
 def test_each_sentence_answers_its_question(findings: dict[str, Any]) -> None:
     which, what, where, whether, do = sentences(findings)
-    assert which.startswith("Nearest to full precision is w3: it finds the same next token the likeliest at 99.7 %")
+    assert which.startswith("Nearest to full precision is w3: it agrees on the likeliest next token at 99.7 %")
     assert "30 times what mere rounding to bfloat16 does" in which
     assert "40 problems full precision solves 97.5 %" in what
     assert "w2 38 % (-70 to -50 points with 95 % confidence)" in what
@@ -144,12 +144,21 @@ def test_a_served_model_s_kl_is_a_bound(findings: dict[str, Any]) -> None:
     assert "≥: a lower bound" in text
 
 
+def test_answers_without_room_say_little_of_problems(findings: dict[str, Any]) -> None:
+    said = "cut off, which says little of problems: raise --answer-tokens"
+    assert said not in sentences(findings)[1]
+    findings["models"][0]["answers"]["ended"] = 0.49
+    assert said in sentences(findings)[1]
+    findings["models"][0]["tasks"] = None
+    assert said not in sentences(findings)[1]
+
+
 def test_what_a_server_does_not_say_is_left_out(findings: dict[str, Any]) -> None:
     good = findings["models"][2]
     good |= {"size": None, "served": {"address": "http://localhost/v1"}, "tokens": None}
     good["answers"]["first_different_median"] = 11.0
     which, _, where, _, do = findings["sentences"] = sentences(findings)
-    assert which.startswith("Compared with full precision is w2")
+    assert which.startswith("w2 agrees with full precision on the likeliest next token at")
     assert where.startswith("In w2 the damage")
     assert "speaks against w3 (judged by its answers alone);" in do
     assert "| w3 | - | - | - | - | - | - | - | - | 25 % |" in summary_of(findings)
