@@ -62,6 +62,17 @@ def test_an_exported_checkpoint_is_the_same_model(checkpoint: Path, tmp_path: Pa
     assert report["audit"] == before["audit"]
     assert {file.name for file in (tmp_path / "again").iterdir()} == {file.name for file in checkpoint.iterdir()}
     assert inspect(tmp_path / "again").grid == inspect(checkpoint).grid
+    fits = [
+        [line for line in read(place) if line.startswith(("| mse", "| lfq"))]
+        for place in (checkpoint, tmp_path / "again")
+    ]
+    assert fits[0] == fits[1]
+    assert [line.split()[1] for line in fits[0]] == ["mse", "lfq"]
+
+
+def read(place: Path) -> list[str]:
+    """The lines of a model card."""
+    return (place / "README.md").read_text("utf-8").splitlines()
 
 
 def test_a_model_that_brings_no_generation_config_uses_its_cache(checkpoint: Path, tmp_path: Path) -> None:

@@ -33,6 +33,14 @@ def test_single_file(tmp_path: Path):
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors(3)) and len(read) == 3
 
 
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o700, 0o600), (0o750, 0o640)])
+def test_whoever_reads_the_folder_reads_the_weights(tmp_path: Path, folder: int, file: int) -> None:
+    """safetensors leaves a file to its owner alone; servers run as others."""
+    tmp_path.chmod(folder)
+    write_checkpoint(tmp_path, iter([("a", torch.zeros(2))]))
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == file
+
+
 def test_shards(tmp_path: Path):
     big = ("big", torch.zeros(100))
     size = write_checkpoint(tmp_path, [*tensors(3), big, ("last", torch.ones(1))], shard_bytes=80)
