@@ -62,17 +62,6 @@ def test_an_exported_checkpoint_is_the_same_model(checkpoint: Path, tmp_path: Pa
     assert report["audit"] == before["audit"]
     assert {file.name for file in (tmp_path / "again").iterdir()} == {file.name for file in checkpoint.iterdir()}
     assert inspect(tmp_path / "again").grid == inspect(checkpoint).grid
-    fits = [
-        [line for line in read(place) if line.startswith(("| mse", "| lfq"))]
-        for place in (checkpoint, tmp_path / "again")
-    ]
-    assert fits[0] == fits[1]
-    assert [line.split()[1] for line in fits[0]] == ["mse", "lfq"]
-
-
-def read(place: Path) -> list[str]:
-    """The lines of a model card."""
-    return (place / "README.md").read_text("utf-8").splitlines()
 
 
 def test_a_model_that_brings_no_generation_config_uses_its_cache(checkpoint: Path, tmp_path: Path) -> None:
@@ -80,6 +69,15 @@ def test_a_model_that_brings_no_generation_config_uses_its_cache(checkpoint: Pat
     (bare / "generation_config.json").unlink()
     logitwise.export(bare, tmp_path / "out", "compressed-tensors")
     assert GenerationConfig.from_pretrained(tmp_path / "out").use_cache
+
+
+def test_a_card_has_the_fits_in_their_order(checkpoint: Path, tmp_path: Path) -> None:
+    fitted = shutil.copytree(checkpoint, tmp_path / "fitted")
+    report = json.loads((fitted / "logitwise.json").read_text("utf-8")) | {"held_out_kl": {"mse": 0.5, "lfq": 0.25}}
+    (fitted / "logitwise.json").write_text(json.dumps(report), encoding="utf-8")
+    for index, source in enumerate((fitted, tmp_path / "0")):
+        logitwise.export(source, tmp_path / str(index), "compressed-tensors")
+    assert "| mse | 0.5000 |\n| lfq | 0.2500 |" in (tmp_path / "1" / "README.md").read_text("utf-8")
 
 
 def test_what_a_refit_changed_is_still_told(checkpoint: Path, tmp_path: Path) -> None:
