@@ -78,8 +78,11 @@ class Sensitivity:
         """
         entering = self.skeleton.embed(self.rows.ids, batch=self.at_once)
         depth, by_kl = len(self.skeleton), self.recipe.sensitivity == "kl"
-        variants = len(self.recipe.candidates) * len(self.skeleton.slots(0))
-        at_once = max(1, MOST_BYTES // (entering.nbytes * variants)) if by_kl else depth
+        at_once = depth
+        if by_kl:
+            together = self._together(0, self.skeleton.load_block(0), entering)
+            variants = len(self.recipe.candidates) * max(1, len(together))
+            at_once = max(1, MOST_BYTES // (entering.nbytes * variants))
         found: list[Together] = []
         for first in range(0, depth, at_once):
             blocks = range(first, min(first + at_once, depth))

@@ -1,6 +1,7 @@
 """What layers cost alone, against the whole model with that layer's weight replaced."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,24 @@ def test_loss_of_layers_is_the_divergence_with_them_alone_quantized(
         assert set(one.loss) == set(ASKED.candidates)
         for bits, loss in one.loss.items():
             assert loss == pytest.approx(plain(dict.fromkeys(one.slots, bits)), rel=1e-3, abs=1e-7)
+
+
+def test_as_many_blocks_go_together_as_there_is_room_for_their_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that read the same are one variant for each number of bits: four of a llama's block, not seven."""
+    passes: list[range] = []
+    by_kl = Sensitivity._by_kl
+
+    def noting(self: Sensitivity, blocks: range, *given: Any) -> torch.Tensor:
+        passes.append(blocks)
+        return by_kl(self, blocks, *given)
+
+    monkeypatch.setattr(Sensitivity, "_by_kl", noting)
+    entering = rows().ids.numel() * 4 * tiny_model("llama").config.hidden_size
+    for room, expected in ((3, [range(3)]), (2, [range(2), range(2, 3)])):
+        passes.clear()
+        monkeypatch.setattr(sensitivity, "MOST_BYTES", room * 4 * len(ASKED.candidates) * entering)
+        measured()
+        assert passes == expected
 
 
 def test_divergence_of_the_whole_model() -> None:

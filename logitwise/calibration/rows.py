@@ -59,10 +59,8 @@ class Rows:
 
     def hold(self, ids: list[int]) -> bool:
         """Whether these tokens stand in them one after another, from one row into the next too."""
-        if not ids or ids[0] not in (text := self.ids.flatten().tolist()):
-            return False
-        places = (place for place, token in enumerate(text) if token == ids[0])
-        return any(text[place : place + len(ids)] == ids for place in places)
+        text = self.ids.flatten().tolist()
+        return any(text[place : place + len(ids)] == ids for place, token in enumerate(text) if ids[:1] == [token])
 
     def digest(self) -> str:
         """A hash of everything in them."""

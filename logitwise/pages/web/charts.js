@@ -25,6 +25,13 @@ function niceTicks(low, high, count) {
   return ticks;
 }
 
+/** The next of 1, 2, 5, 10, 20 ... on the side that `round` takes. */
+function roundEnd(value, round) {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return Number((round([1, 2, 5, 10].map((factor) => factor * power), value)).toPrecision(1));
+}
+
+/** Powers of ten, or more where there are few, and both ends where they stand apart from those. */
 function logTicks(low, high) {
   const ticks = [], decades = Math.log10(high / low);
   for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += decades > 5 ? 2 : 1)
@@ -32,6 +39,8 @@ function logTicks(low, high) {
       const value = factor * 10 ** power;
       if (value >= low * 0.999 && value <= high * 1.001) ticks.push(value);
     }
+  for (const end of [low, high])
+    if (!ticks.some((tick) => Math.abs(Math.log10(end / tick)) < 0.08 * decades)) ticks.push(end);
   return ticks;
 }
 
@@ -128,8 +137,8 @@ function yScale(shown, log, domain, area) {
   let [low, high] = domain ?? [0, Math.max(...values) * 1.06 || 1];
   if (log) {
     const positive = shown.flatMap((one) => one.points.map((point) => point.y)).filter((value) => value > 0);
-    low = Math.max(Math.min(...positive) * 0.7, Math.max(...values) * 1e-7);
-    high = Math.max(...values) * 1.3;
+    low = roundEnd(Math.max(Math.min(...positive) * 0.9, Math.max(...values) * 1e-7), (ends, value) => ends.findLast((end) => end <= value));
+    high = roundEnd(Math.max(...values) * 1.1, (ends, value) => ends.find((end) => end >= value));
   }
   const place = (share) => area.bottom - share * (area.bottom - area.top);
   const scale = log
