@@ -2,6 +2,7 @@
 
     python benchmarks/large.py --out results.json [--shape llama-3.1-8b] [--blocks 4] [--rows 128] [--set key=value ...]
     python benchmarks/large.py --out growth.json --grow
+    python benchmarks/large.py --out several.json --compiled --processes 1 2
 
 The model has random weights, its shape's head and embedding, and `--blocks` of its blocks; it is written to disk first,
 in shards. Calibration rows are random tokens. The run is a process of its own, whose memory is its own at the most: its
@@ -13,7 +14,8 @@ those that read the block's input, which needs no gradient), and 2 d s and 5 d s
 positions; in the last fit 6 for each weight of the head (the teacher's logits, the student's, the gradient of its
 hidden states). What a quantizer does to a weight is not counted. The card's own rate is that of a product of two
 bfloat16 matrices of 8,192 x 8,192, in the same process. A digest of the checkpoint tells whether two runs gave the
-same. --compiled compiles as a run over all of a model's blocks does, where these few would not pay for it.
+same. --compiled compiles as a run over all of a model's blocks does, where these few would not pay for it. With several
+--processes the run is theirs, as torchrun starts them, each on a GPU of its own; figures are those of the first.
 
 --grow changes one thing at a time (blocks, rows, hidden size, vocabulary) beside one middle shape, in short runs of one
 process, after one that is not counted.
@@ -44,6 +46,7 @@ import logitwise
 from logitwise import fused, pipeline, stream
 from logitwise.calibration.rows import Rows
 from logitwise.fit import Window
+from logitwise.launch import rank, started
 from logitwise.recipe import Recipe, parse_settings
 from logitwise.runfolder import RunFolder
 from logitwise.watch import Stage, Watcher
@@ -72,24 +75,34 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys, as key=value")
     parser.add_argument("--grow", action="store_true")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="a run by so many, and by so many")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
-        save(given.out, run(**json.loads(given.only)))
+        made = run(**json.loads(given.only))
+        if rank() == 0:
+            save(given.out, made)
         return
     found: list[dict[str, Any]] = []
     for number, point in enumerate(growth(given) if given.grow else [of_shape(given)]):
         with tempfile.TemporaryDirectory() as temporary:
-            point["folder"], place = temporary, Path(temporary) / "found.json"
-            if given.grow:
-                made = run(**point)
-            else:
-                subprocess.run([sys.executable, __file__, "--out", place, "--only", json.dumps(point)], check=True)
-                made = json.loads(place.read_text())
-        if number or not given.grow:
-            found.append(made)
-            save(given.out, {**about("cuda" if CUDA else "cpu"), "results": found})
-            show(made)
+            point["folder"] = temporary
+            write_model(config_of(point), Path(temporary) / "model")
+            for processes in given.processes:
+                made = run(**point) if given.grow else in_processes(processes, point)
+                if number or not given.grow:
+                    found.append(made)
+                    save(given.out, {**about("cuda" if CUDA else "cpu"), "results": found})
+                    show(made)
+
+
+def in_processes(count: int, point: dict[str, Any]) -> dict[str, Any]:
+    """A run of so many processes, which torchrun starts where there are several."""
+    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    place = Path(point["folder"]) / "found.json"
+    own = [__file__, "--out", str(place), "--only", json.dumps(point)]
+    subprocess.run([sys.executable, *starter, *own], check=True)
+    return dict(json.loads(place.read_text()))
 
 
 def of_shape(given: argparse.Namespace) -> dict[str, Any]:
@@ -115,17 +128,26 @@ def growth(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"config": config, "rows": at["rows"], "settings": SHORT + given.set, "varies": name, "at": at}
 
 
+def config_of(point: dict[str, Any]) -> LlamaConfig:
+    """The config of a run's model."""
+    return LlamaConfig(
+        **point["config"], tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"]
+    )
+
+
 def show(found: dict[str, Any]) -> None:
     """A line, then one for each part."""
+    device, ram, rate = found["device_memory"] / 2**30, found["ram"] / 2**30, found["rate"] / 1e12
     print(
-        f"{found['at'] or 'run'}: {found['seconds']:.1f} s, device {found['device_memory'] / 2**30:.2f} GiB, "
-        f"RAM {found['ram'] / 2**30:.2f} GiB, bf16 product {found['rate'] / 1e12:.0f} TFLOP/s, {found['digest']}"
+        f"{found['at'] or 'run'}, processes {found['processes']}: {found['seconds']:.1f} s, device {device:.2f} GiB, "
+        f"RAM {ram:.2f} GiB, bf16 product {rate:.0f} TFLOP/s, {found['digest']}"
     )
     for name, part in found["parts"].items():
         print(f"    {name}: {part:.1f} s")
     for fit in found["fits"]:
         share = fit["operations"] / fit["step"] / found["rate"]
-        print(f"    {fit['name']}: {1e3 * fit['step']:.1f} ms a step, {share:.1%} of that rate")
+        of = f"{share:.1%} of that rate, loss {fit['first_loss']:.6g} to {fit['last_loss']:.6g}"
+        print(f"    {fit['name']}: {1e3 * fit['step']:.1f} ms a step, {of}")
     sys.stdout.flush()
 
 
@@ -141,9 +163,9 @@ def run(
     """One run, in this process."""
     if compiled:
         fused.SECONDS_TO_COMPILE = 0
-    made = LlamaConfig(**config, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"])
-    model = Path(folder) / "model"
-    write_model(made, model)
+    if CUDA and started() > 1:
+        torch.cuda.set_device(rank())
+    made, model = config_of({"config": config}), Path(folder) / "model"
     recipe = Recipe.load(**parse_settings(settings), rows=rows)
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(made.vocab_size, (rows + (recipe.held_out or 0), recipe.row_tokens + 1), generator=generator)
@@ -157,8 +179,10 @@ def run(
         torch.cuda.reset_peak_memory_stats()
     with ended_by_device(parts):
         began = time.perf_counter()
-        result = logitwise.quantize(model, Path(folder) / "out", recipe, rows=data, watcher=clock)
+        result = logitwise.quantize(model, Path(folder) / "out", recipe, rows=data, overwrite=True, watcher=clock)
         seconds = time.perf_counter() - began
+    if rank():  # the first alone is told how far it is
+        return {}
     parts["else"] = seconds - sum(parts.values())
     tokens = recipe.batch * recipe.row_tokens
     fits = []
@@ -167,7 +191,9 @@ def run(
         step = (steps[-1] - steps[0]) / (len(steps) - 1)
         last = window["objective"] != "mse"
         name = f"block {window['blocks'][0] + 1} by {window['objective']}"
-        fits.append({"name": name, "step": step, "operations": tokens * operations(made, recipe, last)})
+        losses = {"first_loss": window["losses"][0], "last_loss": window["losses"][-1]}
+        of_rank = tokens * operations(made, recipe, last) / started()
+        fits.append({"name": name, "step": step, "operations": of_rank, **losses})
     return {
         "config": config,
         "rows": rows,
@@ -175,6 +201,8 @@ def run(
         "compiled": compiled,
         "varies": varies,
         "at": at,
+        "processes": started(),
+        "held_out_kl": result.held_out_kl,
         "seconds": seconds,
         "parts": dict(parts),
         "fits": fits,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from logitwise.errors import MachineError, RecipeError
@@ -19,6 +20,10 @@ from logitwise.launch import started, started_here
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for another: the first may write text for hours. torchrun ends them all when one has died."""
+
+# Called so since torch 2.13, which warns where the older names are used.
+_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_scatter_sum = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
 
 class Ranks:
@@ -62,14 +67,23 @@ class Ranks:
             with _others():
                 _wait([distributed.all_reduce(tensor, async_op=True) for tensor in tensors])
 
-    def sum_at(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
-        """Each tensor in place becomes its sum over all ranks, at the rank beside it; elsewhere it is of no more use.
+    def exchange(self, rows: Shaped[Tensor, "world n"]) -> None:
+        """Each row in place becomes what it is at the rank of its number, all at once.
 
         Errors: MachineError where another rank is gone.
         """
         if self.world > 1:
             with _others():
-                _wait([distributed.reduce(tensor, rank, async_op=True) for rank, tensor in tensors])
+                _gather(rows.view(-1), rows[self.rank])
+
+    def sum_own(self, rows: Shaped[Tensor, "world n"]) -> None:
+        """The row of this rank in place becomes its sum over all ranks; the others are of no more use.
+
+        Errors: MachineError where another rank is gone.
+        """
+        if self.world > 1:
+            with _others():
+                _scatter_sum(rows[self.rank], rows.view(-1))
 
     def give(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
         """Each tensor in place becomes what it is at the rank beside it.

@@ -81,7 +81,12 @@ class Shared(Alone):
     ) -> None:
         self.ranks, self.quantizers, self.owner = ranks, quantizers, owners(list(quantizers), ranks.world)
         own = {slot: quantizer for slot, quantizer in quantizers.items() if self.owner[slot] == ranks.rank}
-        self.leaves = {slot: nn.Parameter(_weight(slot, quantizers[slot], dtype)) for slot in quantizers}
+        device = next(iter(next(iter(quantizers.values())).state_dict().values())).device
+        self.weights_by_rank, views = rows_of(self.owner, ranks.world, dtype, device)
+        self.gradients_by_rank, self.gradients = rows_of(self.owner, ranks.world, dtype, device)
+        self.leaves = {slot: nn.Parameter(view) for slot, view in views.items()}
+        for slot, leaf in self.leaves.items():
+            leaf.grad = self.gradients[slot]
         run = through(self.leaves)
 
         def forward(hidden: Tensor, progress: float) -> Tensor:
@@ -93,14 +98,12 @@ class Shared(Alone):
 
     def backward(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         loss = super().backward(loss)
-        found = {slot: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for slot, leaf in self.leaves.items()}
         self.ranks.add([loss])
-        self.ranks.sum_at((self.owner[slot], gradient) for slot, gradient in found.items())
+        self.ranks.sum_own(self.gradients_by_rank)
         if self.own:
-            gradients = [found[slot].to(weight.dtype) for slot, weight in self.computed.items()]
+            gradients = [self.gradients[slot].to(weight.dtype) for slot, weight in self.computed.items()]
             torch.autograd.backward(list(self.computed.values()), gradients)
-        for leaf in self.leaves.values():
-            leaf.grad = None
+        self.gradients_by_rank.zero_()
         return loss
 
     @torch.no_grad()
@@ -113,7 +116,7 @@ class Shared(Alone):
         """Every rank has the weights of all."""
         for slot, weight in computed.items():
             self.leaves[slot].copy_(weight)
-        self.ranks.give((self.owner[slot], leaf) for slot, leaf in self.leaves.items())
+        self.ranks.exchange(self.weights_by_rank)
 
     def first_of_all(self, found: str | None) -> str | None:
         return next(filter(None, self.ranks.everyones(found)), None)
@@ -151,9 +154,18 @@ def owners(slots: list[Slot], world: int) -> dict[Slot, int]:
     return found
 
 
-def _weight(slot: Slot, quantizer: Quantizer, dtype: torch.dtype) -> Tensor:
-    device = next(iter(quantizer.state_dict().values())).device
-    return torch.zeros(slot.out_features, slot.in_features, dtype=dtype, device=device)
+def rows_of(
+    owner: Mapping[Slot, int], world: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Float[Tensor, "world n"], dict[Slot, Float[Tensor, "out in"]]]:
+    """Zeros, a row for each rank, and in each row a place for every slot of that rank: all are sent at once."""
+    places, ends = dict[Slot, slice](), [0] * world
+    for slot, rank in owner.items():
+        begin = ends[rank]
+        ends[rank] = begin + slot.out_features * slot.in_features
+        places[slot] = slice(begin, ends[rank])
+    rows = torch.zeros(world, max(ends), dtype=dtype, device=device)
+    views = {s: rows[owner[s], place].view(s.out_features, s.in_features) for s, place in places.items()}
+    return rows, views
 
 
 def _only(given: Halfway, world: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

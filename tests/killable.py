@@ -60,12 +60,22 @@ def start(
 
 def start_ranks(place: Path, words: tuple[str, ...], world: int) -> list[ForkServerProcess]:
     """Starts a command as torchrun does, in so many processes; what each of them says is in HEARD and its rank."""
+    port = free_port()
+    return [start(place, words, environment=as_rank(rank, world, port)) for rank in range(world)]
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-    return [start(place, words, environment={**common, **rank}) for rank in ranks]
+        return int(free.getsockname()[1])
+
+
+def as_rank(rank: int, world: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets for one of so many processes of a machine."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world))
+    return common | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
 
 
 def heard_by(rank: int) -> str:
