@@ -112,7 +112,7 @@ class Window:
     def forward(
         self, hidden: Float[Tensor, "rows tokens d"], replaced: Mapping[Slot, Tensor], blocks: range | None = None
     ) -> Float[Tensor, "rows tokens leaving"]:
-        """The output of the window, or of these of its blocks, with the float32 weights [out, in] of some replaced."""
+        """The output of the window, or of these of its blocks, with the weights [out, in] of some replaced."""
         for block in self.blocks if blocks is None else blocks:
             hidden = self._run(block, hidden, replaced)
         return hidden
@@ -130,9 +130,14 @@ class Window:
         return self.skeleton.run(block, weights, hidden, self.calls[block])
 
     def weights_of(self, quantizers: Mapping[Slot, Quantizer], progress: float) -> dict[Slot, Tensor]:
-        """What quantizers stand for at a point of the fit; compiled, where it is to be and that point is nothing."""
-        compiled = self.compiled and _constant(quantizers)
-        return {slot: compiled_weight(one) if compiled else one(progress) for slot, one in quantizers.items()}
+        """What quantizers stand for at a point of the fit, in float32.
+
+        Compiled, where it is to be and that point is nothing: then in the type that blocks are computed in, so that no
+        weight is written in float32.
+        """
+        if not (self.compiled and _constant(quantizers)):
+            return weights_of(quantizers, progress)
+        return {slot: compiled_weight(quantizer, self.skeleton.dtype) for slot, quantizer in quantizers.items()}
 
     def learn(self, quantizers: Mapping[Slot, Quantizer]) -> Callable[[Tensor, float], Tensor]:
         """The window with the quantizers' weights, to go backward through: (hidden states, progress) -> its output."""

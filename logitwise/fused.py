@@ -33,14 +33,14 @@ def pays(matrices: int, weights: int) -> bool:
     return saved > SECONDS_TO_COMPILE and find_spec("triton") is not None
 
 
-def compiled_weight(quantizer: Quantizer) -> Tensor:
-    """`quantizer(0.0)`, compiled once for each method, grid and shape of weight."""
+def compiled_weight(quantizer: Quantizer, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`quantizer(0.0)` in a type, compiled once for each method, grid, type and shape of weight."""
     with torch._dynamo.config.patch(recompile_limit=SHAPES), warnings.catch_warnings():
         # Matrices are multiplied here as elsewhere, in full float32.
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-        return _compiled()(quantizer)
+        return _compiled()(quantizer, dtype)
 
 
 @cache
-def _compiled() -> Callable[[Quantizer], Tensor]:
-    return torch.compile(lambda quantizer: quantizer(0.0), dynamic=False)
+def _compiled() -> Callable[[Quantizer, torch.dtype], Tensor]:
+    return torch.compile(lambda quantizer, dtype: quantizer(0.0).to(dtype), dynamic=False)

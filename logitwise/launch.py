@@ -16,3 +16,11 @@ def started_here() -> int:
 def rank() -> int:
     """Which of them this is, counted from 0."""
     return int(os.environ.get("RANK") or 0)
+
+
+def threads_each() -> int | None:
+    """Threads for each process of this machine, where torchrun gave each one alone, for want of a number."""
+    if started_here() == 1 or os.environ.get("OMP_NUM_THREADS") != "1":
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // started_here())

@@ -64,14 +64,16 @@ def _version(package: str) -> str:
 def repeatable() -> Iterator[None]:
     """Inside this context the same seed gives the same bits, whatever the caller has set.
 
-    The caller's generators and torch's settings are left as they were.
+    The caller's generators and torch's settings are left as they were; of GPUs' generators that of the current one,
+    since to ask for another's takes half a gigabyte of that GPU.
     """
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     drawn, drawn_by_numpy = random.getstate(), np.random.get_state()  # libraries draw from both
-    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), catch_warnings():
+    with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad(), catch_warnings():
         filterwarnings("ignore", message="Attempting to run cuBLAS")  # on a thread's first product, which then runs
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Filling every new tensor would make the model's empty parameters real memory.

@@ -113,7 +113,7 @@ def quantize(
     reads = fits or recipe.polish or recipe.target_bits is not None or bool(set(recipe.rewrites) & set(READ_INPUTS))
     if rows is not None and reads:
         split(rows, recipe)
-    with repeatable(), enough_memory(LESS_MEMORY), joined(recipe.device) as ranks, ExitStack() as running:
+    with enough_memory(LESS_MEMORY), joined(recipe.device) as ranks, repeatable(), ExitStack() as running:
         watcher = watcher if ranks.first else SILENT
         if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
             watcher.say(f"{recipe.method} reads no text: --calibration is not used")

@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from logitwise.errors import MachineError, RecipeError
-from logitwise.launch import started, started_here
+from logitwise.launch import started, started_here, threads_each
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for another: the first may write text for hours. torchrun ends them all when one has died."""
@@ -231,9 +231,12 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
     ranks = Ranks(distributed.get_rank(), distributed.get_world_size())
     ranks.total(1)  # where the first ends at once, with what it refuses, the others must have met it before
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads_each() or threads)
     try:
         yield ranks
     finally:
+        torch.set_num_threads(threads)
         distributed.destroy_process_group()
 
 

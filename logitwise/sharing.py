@@ -19,7 +19,7 @@ from logitwise.ranks import Ranks
 from logitwise.skeleton import Slot
 
 WeightsOf = Callable[[Mapping[Slot, Quantizer], float], dict[Slot, Tensor]]
-"""What quantizers stand for at a point of the fit (0 at its start, 1 at its end): float32 weights [out, in]."""
+"""What quantizers stand for at a point of the fit (0 at its start, 1 at its end): weights [out, in]."""
 Through = Callable[[Mapping[Slot, nn.Parameter]], Callable[[Tensor], Tensor]]
 """A window with these weights in its slots, to go backward through to them."""
 

@@ -36,11 +36,11 @@ def compiled_without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     checked = fused.compiled_weight
 
-    def unchecked(quantizer: torch.nn.Module) -> Tensor:
+    def unchecked(quantizer: torch.nn.Module, *dtype: torch.dtype) -> Tensor:
         before = jaxtyping.config.jaxtyping_disable
         jaxtyping.config.update("jaxtyping_disable", True)
         try:
-            return checked(quantizer)
+            return checked(quantizer, *dtype)
         finally:
             jaxtyping.config.update("jaxtyping_disable", before)
 

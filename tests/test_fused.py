@@ -30,16 +30,19 @@ def learned(method: str, grid: Grid, shape: tuple[int, int], device: str) -> Qua
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "method", [name for name, method in QUANTIZERS.items() if method.learns and not method.reads_progress]
 )
-def test_a_compiled_weight_and_its_gradients_are_those_of_the_method(method: str, device: str) -> None:
+def test_a_compiled_weight_and_its_gradients_are_those_of_the_method(
+    method: str, dtype: torch.dtype, device: str
+) -> None:
     for grid, shape in [(Grid(2, 16, False), (24, 64)), (Grid(3, None, True), (24, 64)), (Grid(2, 16, False), (8, 32))]:
         quantizer = learned(method, grid, shape, device)
-        upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
-        expected = quantizer(0.0)
+        upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        expected = quantizer(0.0).to(dtype)
         true = torch.autograd.grad(expected, list(quantizer.parameters()), upstream)
-        weight = fused.compiled_weight(quantizer)
+        weight = fused.compiled_weight(quantizer, dtype)
         found = torch.autograd.grad(weight, list(quantizer.parameters()), upstream)
         # On a GPU a division may differ in its last bit, and a code with it where it is as near to the next.
         same = torch.isclose(weight, expected, rtol=1e-6)
@@ -83,9 +86,9 @@ def test_a_window_that_is_compiled_learns_what_one_that_is_not_learns(
     found, calls = [], [0]
     plainly = fit.compiled_weight
 
-    def counting(quantizer: Quantizer) -> torch.Tensor:
+    def counting(quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
         calls[0] += 1
-        return plainly(quantizer)
+        return plainly(quantizer, dtype)
 
     monkeypatch.setattr(fit, "compiled_weight", counting)
     for compiled in (True, False):

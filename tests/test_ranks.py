@@ -22,6 +22,7 @@ from logitwise.descent import Halfway, Schedule
 from logitwise.errors import MachineError, RecipeError
 from logitwise.fit import Data, Fitted, Window, fit, measure
 from logitwise.grid import Grid, Quantized
+from logitwise.launch import threads_each
 from logitwise.objectives import OBJECTIVES
 from logitwise.optimizers import Optimizers
 from logitwise.preflight import check_shared
@@ -114,7 +115,7 @@ def shared(skeleton: Skeleton, ranks: Ranks) -> Data:
     ids, hidden, targets = last_block(skeleton, TRAIN + HELD_OUT, TOKENS)
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(4))
     weights[weights < 0.4] = 0
-    parts = (hidden, targets, weights, ids.roll(-1, 1))
+    parts = (hidden, targets, weights.to(skeleton.device), ids.roll(-1, 1).to(skeleton.device))
     own = [torch.cat([x[:TRAIN][ranks.share(TRAIN)], x[TRAIN:][ranks.share(HELD_OUT)]]) for x in parts]
     return Data(*own, ranks.count(TRAIN), ranks.count(HELD_OUT), ranks)
 
@@ -323,6 +324,14 @@ def test_variables_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match=r"RANK is not set(.|\n)*unset WORLD_SIZE"), joined():
         pass
+
+
+def test_processes_share_the_cores_where_torchrun_gave_each_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
+    for given, here, threads in (("1", "2", 3), ("1", "8", 1), ("4", "2", None), ("1", "1", None)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        assert threads_each() == threads
 
 
 def test_rows_are_shared_without_one_left_out() -> None:
