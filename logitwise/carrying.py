@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,6 +16,8 @@ from torch import Tensor
 
 Which: TypeAlias = slice | Int64[Tensor, " taken"]
 """Rows of a tensor: those of a slice, or by their numbers."""
+
+Taken = TypeVar("Taken", slice, Tensor)
 
 UNDER_WAY = 2
 """Batches at most that are on their way back: each takes its size of the GPU's memory and of pinned RAM."""
@@ -76,14 +78,21 @@ def _pinned(tensor: Tensor, rows: Which) -> Tensor:
     return torch.index_select(tensor, 0, rows, out=pinned) if isinstance(rows, Tensor) else pinned.copy_(tensor[rows])
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on a device; a GPU is not waited for, so that what comes next is launched while it computes."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def bus_between(place: torch.device, device: torch.device) -> Bus | None:
     """The bus that hidden states cross where they are not on the GPU that computes; None where there is none."""
     return Bus(device) if device.type == "cuda" and place.type == "cpu" else None
 
 
 def brought(
-    which: Iterable[Which], tensors: Sequence[Tensor], bus: Bus | None
-) -> Generator[tuple[Which, list[Tensor]], None, None]:
+    which: Iterable[Taken], tensors: Sequence[Tensor], bus: Bus | None
+) -> Generator[tuple[Taken, list[Tensor]], None, None]:
     """Rows of these tensors again and again, brought by the bus: the next are fetched while the last are used.
 
     The first two are fetched when they are asked for, and nothing is under way once the generator is closed: what is
@@ -92,7 +101,7 @@ def brought(
     if bus is None:
         yield from ((rows, [tensor[rows] for tensor in tensors]) for rows in which)
         return
-    coming: deque[tuple[Which, Future[Callable[[], list[Tensor]]]]] = deque()
+    coming: deque[tuple[Taken, Future[Callable[[], list[Tensor]]]]] = deque()
     with ThreadPoolExecutor(1) as reader:
         for count, rows in enumerate(which):
             coming.append((rows, reader.submit(bus.bring, tensors, rows)))

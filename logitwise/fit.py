@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from logitwise.carrying import brought, bus_between, through
+from logitwise.carrying import brought, bus_between, sent, through
 from logitwise.descent import Course, Halfway, Schedule, descend, row_order
 from logitwise.errors import MachineError
 from logitwise.fused import compiled_weight
@@ -243,7 +243,7 @@ def batches_of(
     if fresh is None:
         order = row_order(data.train, size, schedule.seed + data.ranks.rank)
         for rows in islice(order, done):  # nothing of them is brought to the device
-            tokens.add_((data.weights[rows] > 0).sum())
+            tokens.add_((data.weights[sent(rows, tokens.device)] > 0).sum())
         taken = _brought(data, order)
     else:
         starts = ((part, start) for part in chain([data], fresh) for start in range(0, part.train - size + 1, size))
@@ -259,10 +259,11 @@ def batches_of(
 def _brought(data: Data, order: Iterator[Tensor]) -> Generator[Data, None, None]:
     device = data.weights.device
     bus = bus_between(data.inputs.device, device)
-    of_rows = (rows.to(data.inputs.device) for rows in order)
+    of_rows = (sent(rows, data.inputs.device) for rows in order)
     with closing(brought(of_rows, (data.inputs, data.targets), bus)) as arriving:
         for rows, (inputs, targets) in arriving:
-            weights, following = data.weights[rows], data.following[rows]
+            own = sent(rows, device)
+            weights, following = data.weights[own], data.following[own]
             there = inputs.to(device), targets.to(device), weights, following
             yield Data(*there, len(weights), 0, data.ranks, data.teacher_head)
 

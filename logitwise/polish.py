@@ -22,6 +22,7 @@ from logitwise.fit import Data, batches_of
 from logitwise.grid import Quantized, merge, split, store_through
 from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.memory import free_memory
+from logitwise.objectives.base import positions
 from logitwise.objectives.soft import compare, soft_cross_entropy
 from logitwise.ranks import ALONE, Ranks
 from logitwise.recipe import Recipe
@@ -253,11 +254,12 @@ class Polish:
 
     def _learn(self, data: Data, learnable: LearnableBlocks) -> Tensor:
         """The loss of a step's rows; its gradient is left in the parameters."""
-        top, weights = learnable(data.inputs), data.weights
-        counted = weights > 0
+        top, weights = learnable(data.inputs).flatten(0, 1), data.weights.flatten()
+        index = positions(data.weights)  # only now, when what a GPU is waited for is under way
+        student = self._normed(top[index])
         with torch.no_grad():
-            target = self.teacher_head.hidden(data.targets[counted])
-        loss = soft_cross_entropy(self._normed(top[counted]), target, weights[counted], self.head).cross_entropy
+            target = self.teacher_head.hidden(data.targets.flatten(0, 1)[index])
+        loss = soft_cross_entropy(student, target, weights[index], self.head).cross_entropy
         loss = loss * self.ranks.part(weights.sum())
         loss.backward()
         return self.ranks.gathered(loss, [parameter for _, parameter in self._parameters()])

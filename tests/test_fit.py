@@ -1,6 +1,7 @@
 """What a fit promises whatever the method and the objective: both are fakes where only the loop is asked."""
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from itertools import islice
@@ -11,6 +12,7 @@ import torch
 from helpers import MemorySource, last_block, tiny_model
 from torch import Tensor, nn
 
+from logitwise import learnable
 from logitwise.descent import Schedule
 from logitwise.errors import MachineError
 from logitwise.fit import Data, Fitted, Window, _learner, batches_of, fit, measure, weights_of
@@ -496,3 +498,44 @@ def test_moments_are_the_mean_outer_products_of_what_each_slot_reads(skeleton: S
     assert by_name["q_proj1"] is by_name["v_proj1"]
     assert by_name["q_proj1"] is not by_name["q_proj2"]
     assert not skeleton.blocks[1]._forward_pre_hooks
+
+
+# ---- on a GPU, which is to have its next work before it is done with the last
+
+
+class Asking(Stage):
+    """Has torch say of every wait for the GPU, from the third step to the one before the last."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.done = steps, 0
+
+    def advance(self, units: float = 1, detail: str = "") -> None:
+        self.done += 1
+        torch.cuda.set_sync_debug_mode("warn" if 2 <= self.done < self.steps - 1 else "default")
+
+    def close(self) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks a GPU")
+@pytest.mark.parametrize(("objective", "waits"), [("mse", 0), ("lfq", 2)])
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("method", ["flexround", "signround"])
+def test_a_step_does_not_wait_for_the_gpu(
+    method: str, recorded: bool, objective: str, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By LFQ only to know how many positions count, once for the hidden states and once for the head."""
+    monkeypatch.setattr(learnable, "RECORDED_WEIGHTS", learnable.RECORDED_WEIGHTS if recorded else 0)
+    skeleton = Skeleton(MemorySource(tiny_model("llama")), torch.device("cuda"), torch.float32)
+    ids, hidden, targets = last_block(skeleton, TRAIN + HELD_OUT, TOKENS)
+    following = ids.roll(-1, 1).to("cuda")
+    data = Data(hidden, targets, (following % 3 > 0).float(), following, TRAIN, HELD_OUT)
+    window, steps = last_window(skeleton), 12
+    quantizers = window.quantizers(QUANTIZERS[method], lambda _: GRID, STARTS["minmax"])
+    schedule, stage = Schedule(steps, 4, 1, Recipe(method=method).learning_of, 0), Asking(steps)
+    with warnings.catch_warnings(record=True) as said, closing(stage):
+        warnings.simplefilter("always")
+        fit(window, quantizers, OBJECTIVES[objective](), skeleton.head(), data, schedule, stage)
+    found = [str(warning.message) for warning in said if "synchronizing CUDA operation" in str(warning.message)]
+    assert stage.done == steps
+    assert len(found) == waits * (steps - 3), found

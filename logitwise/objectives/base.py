@@ -54,7 +54,7 @@ class Objective(ABC):
 
     def over(self, taps: Taps) -> Float[Tensor, ""]:
         """How much that mean is over: every position alike."""
-        return taps.weights.new_tensor(taps.weights.numel())
+        return taps.weights.new_full((), taps.weights.numel())  # written there: a GPU is not waited for
 
     def shared(self, taps: Taps, ranks: Ranks) -> Float[Tensor, ""]:
         """What these rows add to the mean loss of a batch that all ranks share."""
@@ -96,8 +96,13 @@ class RuleObjective(LogitObjective, Rule):
 def counted(taps: Taps) -> tuple[Tensor, Tensor, Tensor, Tensor, Head]:
     """Student's and teacher's hidden states, weights and following tokens at the positions that count; the head."""
     assert taps.head is not None
-    counts = taps.weights > 0
+    index = positions(taps.weights)
     with torch.no_grad():
-        teacher = (taps.teacher_head or taps.head).hidden(taps.teacher[counts])
-    student = taps.head.hidden(taps.student[counts])
-    return student, teacher, taps.weights[counts], taps.following[counts], taps.head
+        teacher = (taps.teacher_head or taps.head).hidden(taps.teacher.flatten(0, 1)[index])
+    student = taps.head.hidden(taps.student.flatten(0, 1)[index])
+    return student, teacher, taps.weights.flatten()[index], taps.following.flatten()[index], taps.head
+
+
+def positions(weights: Float[Tensor, "rows tokens"]) -> Int64[Tensor, "counted"]:
+    """Which positions count, among those of all rows; found once, since a GPU is waited for to know how many."""
+    return (weights.flatten() > 0).nonzero().squeeze(-1)
