@@ -6,10 +6,11 @@ if TYPE_CHECKING:
     from logitwise.comparison import Compared, compare
     from logitwise.convert import export
     from logitwise.errors import LogitwiseError
+    from logitwise.evaluation import evaluate, inspect
     from logitwise.pipeline import Result, quantize
     from logitwise.planning import Plan, plan
     from logitwise.recipe import Recipe
-    from logitwise.refit import Refitted, refit
+    from logitwise.refitting import Refitted, refit
 
 __all__ = [
     "Compared",
@@ -19,7 +20,9 @@ __all__ = [
     "Refitted",
     "Result",
     "compare",
+    "evaluate",
     "export",
+    "inspect",
     "plan",
     "quantize",
     "refit",
@@ -30,13 +33,15 @@ _PLACES = {
     "LogitwiseError": "errors",
     "Plan": "planning",
     "Recipe": "recipe",
-    "Refitted": "refit",
+    "Refitted": "refitting",
     "Result": "pipeline",
     "compare": "comparison",
+    "evaluate": "evaluation",
     "export": "convert",
+    "inspect": "evaluation",
     "plan": "planning",
     "quantize": "pipeline",
-    "refit": "refit",
+    "refit": "refitting",
 }
 
 
@@ -47,5 +52,5 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(f"logitwise.{_PLACES[name]}"), name)
-    globals()[name] = found  # else a module of that name (`refit`) would take its place once it is imported
+    globals()[name] = found
     return found

@@ -368,7 +368,7 @@ def refit(
     }
     with _watching(quiet, verbose, log) as watcher:
         from logitwise.recipe import REFIT, Recipe
-        from logitwise.refit import refit as run
+        from logitwise.refitting import refit as run
         from logitwise.report.figures import show_refitted
 
         changes = {name: value for name, value in given.items() if value is not None}

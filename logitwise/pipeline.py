@@ -23,7 +23,7 @@ from logitwise.fit import Window
 from logitwise.grid import Quantized
 from logitwise.launch import started_here
 from logitwise.machine import repeatable, versions
-from logitwise.memory import enough_memory
+from logitwise.memory import enough_memory, only_new_collected
 from logitwise.polish import POLISHED, Polish, Polished
 from logitwise.preflight import Job, check, check_shared
 from logitwise.probe import TRIED_ON, bytes_of_streams, try_memory
@@ -140,6 +140,7 @@ def quantize(
                 "each has at least one of either",
                 "give more text, shorter --row-tokens, or fewer processes",
             )
+        running.enter_context(only_new_collected())
         recipe, allocation = with_bits(job, recipe, data, folder, root, watcher) if data else (recipe, None)
         job, root, rewritten = rewritten_job(job, recipe, data, folder, root, watcher)
         streams = _streams(job, recipe, data, folder, watcher) if data else None

@@ -22,7 +22,7 @@ from logitwise.errors import RecipeError
 from logitwise.formats import unfusable
 from logitwise.grid import Grid
 from logitwise.machine import repeatable
-from logitwise.memory import free_memory, total_memory
+from logitwise.memory import free_memory, only_new_collected, total_memory
 from logitwise.preflight import Outline, outline
 from logitwise.probe import TRIED_ON, OfWindow, bytes_of_streams, of_forward, of_text, of_window
 from logitwise.quantizers import INFORMED, QUANTIZERS
@@ -160,7 +160,7 @@ def _measured(
     fits, refits = ([step for step in steps if step.refit == refit] for refit in (False, True))
     largest = max(fits, key=lambda step: (len(step.blocks), step.batch))
     at_once = outlined.skeleton.rows_at_once(recipe.batch, recipe.row_tokens)
-    with watcher.stage("Trying a few steps", 4) as stage:
+    with only_new_collected(), watcher.stage("Trying a few steps", 4) as stage:
         if all_rows and split_spec(recipe.calibration)[0] == "self":
             tokens = (all_rows + 2) * recipe.row_tokens
             text = of_text(source, recipe, min(ANSWER_BATCH, math.ceil(tokens / ANSWER_TOKENS)), depth)

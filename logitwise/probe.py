@@ -39,6 +39,8 @@ BLOCKS_WRITTEN_WITH = 4
 LONG_ENOUGH = 1.0
 """Seconds of steps that are timed, at most `MOST_STEPS` of them."""
 MOST_STEPS = 40
+DRAWN = 1 << 16
+"""Weights of a matrix that are drawn, the others being these again: to draw all would take longer than to read them."""
 TIMES = 3
 """How often what takes little is timed."""
 ONCE = 20.0
@@ -73,7 +75,9 @@ class MadeUp(Source):
         shape, generator = self.shape(name), torch.Generator().manual_seed(len(name))
         if len(shape) < 2:
             return torch.ones(shape, dtype=self.dtype)
-        return torch.empty(shape, dtype=self.dtype).normal_(std=0.02, generator=generator)
+        count = torch.Size(shape).numel()
+        drawn = torch.empty(min(count, DRAWN), dtype=self.dtype).normal_(std=0.02, generator=generator)
+        return drawn.repeat(-(-count // DRAWN))[:count].view(shape)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.source.tokenizer()
@@ -127,17 +131,18 @@ class _Trial:
 
     def __init__(self, skeleton: Skeleton, recipe: Recipe, step: Step, rows: int) -> None:
         self.skeleton, self.recipe, self.step = skeleton, recipe, step
-        ids = _ids(skeleton, max(step.batch, rows), recipe.row_tokens)
+        ids, self.calls = _ids(skeleton, max(step.batch, rows), recipe.row_tokens), skeleton.calls(recipe.row_tokens)
         student = skeleton.embed(ids, batch=step.batch)
         weights = torch.ones(ids.shape, device=skeleton.device)
-        self.data = Data(student, student.clone(), weights, ids.to(skeleton.device), len(ids), step.batch)
+        self.held_out = min(len(ids), recipe.held_out_rows) or step.batch
+        self.data = Data(student, student.clone(), weights, ids.to(skeleton.device), len(ids), self.held_out)
         self.head = skeleton.head() if OBJECTIVES[step.objective].reads_head else None
         self.objective = OBJECTIVES[step.objective](**(recipe.objective_settings if step.refit else {}))
 
     def open(self, kept: Callable[[Slot], bool]) -> None:
         """Puts the window's weights and quantizers in place."""
         recipe, step = self.recipe, self.step
-        self.window = Window(self.skeleton, step.blocks, self.skeleton.calls(recipe.row_tokens), kept)
+        self.window = Window(self.skeleton, step.blocks, self.calls, kept)
         start = STARTS["minmax"] if recipe.start in INFORMED else STARTS[recipe.start]
         others = {}
         if recipe.start in INFORMED:
@@ -162,7 +167,7 @@ class _Trial:
         fit(self.window, self.quantizers, self.objective, self.head, data, schedule, Stage())
 
     def ask(self) -> None:
-        """Measures as many held-out rows as a step has."""
+        """Measures the held-out rows."""
         weights = weights_of(self.quantizers, 1.0)
         measure(self.window, weights, self.objective, self.head, self.data, self.step.batch)
 
@@ -195,7 +200,7 @@ def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot],
     learned = sum(parameter.numel() for group in groups for parameter in group)
     first, opening = first + max(0.0, slow - few), opening + max(0.0, few - 2 * each)
     best = 4 * learned  # bytes of the best iterate, which steps that are only timed do not keep
-    return OfWindow(first, opening, each, asked / step.batch, peak() + best, learned)
+    return OfWindow(first, opening, each, asked / trial.held_out, peak() + best, learned)
 
 
 def try_memory(skeleton: Skeleton, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], streams: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import transformers.models.llama.modeling_llama  # noqa: F401 (transformers loads it late)
 from source_files import llama_config, random_model, save
 
-from logitwise import cli, evaluation, pipeline, refit, unfinished  # noqa: F401 (the command line loads them late)
+from logitwise import cli, evaluation, pipeline, refitting, unfinished  # noqa: F401 (the command line loads them late)
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 HEARD, COUNTED = "heard.txt", "changes.json"

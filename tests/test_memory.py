@@ -1,8 +1,10 @@
 """Peak memory, the polish included, stays under the largest window's working set, the streams and a fixed part."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from statistics import mean
 
@@ -13,7 +15,7 @@ from source_files import llama_config, random_model, save
 
 from logitwise import memory
 from logitwise.errors import MachineError
-from logitwise.memory import enough_memory, free_memory, total_memory
+from logitwise.memory import enough_memory, free_memory, only_new_collected, total_memory
 
 MEASURE = """
 import ctypes, json, sys, torch
@@ -117,3 +119,37 @@ def test_memory_that_runs_out_is_said_with_what_helps(error: Exception) -> None:
 def test_other_errors_are_what_they_are(error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)), enough_memory("buy more"):
         raise error
+
+
+class Cycle:
+    """Something that refers to itself."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_only_what_was_made_inside_is_looked_at_and_afterwards_all_is_as_it_was() -> None:
+    before = gc.get_freeze_count()
+    kept = Cycle()
+    with only_new_collected():
+        old, new = weakref.ref(kept), weakref.ref(Cycle())
+        del kept
+        gc.collect()
+        assert new() is None
+        assert old() is not None  # there was too much beside it to look at
+        with only_new_collected():
+            assert gc.get_freeze_count() > before
+        assert gc.get_freeze_count() > before
+    assert gc.get_freeze_count() == before
+    gc.collect()
+    assert old() is None
+
+
+def test_what_the_caller_has_frozen_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        with only_new_collected():
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()

@@ -18,7 +18,7 @@ from logitwise.measure.figure import Figure
 from logitwise.measure.likelihood import Likelihood, kl_difference
 from logitwise.pipeline import Result
 from logitwise.planning import Plan
-from logitwise.refit import Refitted
+from logitwise.refitting import Refitted
 from logitwise.report.markdown import summary_of
 from logitwise.report.terminal import clock, table
 

@@ -24,7 +24,7 @@ from logitwise.grid import Grid, Quantized
 from logitwise.pair import likeness
 from logitwise.polish import Polish
 from logitwise.quantizers import QUANTIZERS, STARTS, Reopened
-from logitwise.refit import READ, refit
+from logitwise.refitting import READ, refit
 from logitwise.source import QuantizedSource, open_source, open_stored
 
 TINY = {"rows": 24, "held_out": 8, "row_tokens": 24, "steps": 12, "batch": 4, "checks": 2}
@@ -203,7 +203,7 @@ def test_the_same_command_goes_on_where_it_ended(
         with pytest.raises(KeyboardInterrupt):
             refit(came, tmp_path / "made", original=folder, recipe=asked(text, polish=True, polish_steps=8))
     assert not (tmp_path / "made").exists()
-    monkeypatch.setattr(sys.modules["logitwise.refit"], "fit", None)  # what was fitted is not fitted again
+    monkeypatch.setattr(sys.modules["logitwise.refitting"], "fit", None)  # what was fitted is not fitted again
     again = refit(came, tmp_path / "made", original=folder, recipe=asked(text, polish=True, polish_steps=8))
     assert again.after.kl == whole.after.kl
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "made"))

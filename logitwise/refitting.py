@@ -30,6 +30,7 @@ from logitwise.head import Head
 from logitwise.machine import choose_machine, repeatable, versions
 from logitwise.measure.figure import Figure, figure_as_json
 from logitwise.measure.likelihood import Likelihood, as_json, kl_difference
+from logitwise.memory import only_new_collected
 from logitwise.objectives import OBJECTIVES
 from logitwise.pair import Pair, open_pair
 from logitwise.polish import POLISHED, Polish
@@ -123,6 +124,7 @@ def refit(
         machine = {name: choice.value for name, choice in choices.items()}
         root = chain("refit", pair=pair.fingerprints(), versions=versions(), numerics=NUMERICS, **machine)
         data = rows_of_run(pair.teacher, recipe, rows, folder, root, watcher)
+        running.enter_context(only_new_collected())
         changed, key = _final_blocks(pair, recipe, data, folder, root, watcher)
         if recipe.polish:
             changed |= _polish(pair, recipe, data, folder, key, changed, watcher)
