@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from logitwise.errors import InputError, LogitwiseError, MachineError, RecipeError, UnmetError
-from logitwise.launch import rank, started
+from logitwise.launch import rank, speaker, started
 
 app = typer.Typer(
     add_completion=False,
@@ -472,13 +472,12 @@ def main() -> None:
     if started() == 1:  # torchrun's own way to end its processes is not to wait for what they are in
         signal.signal(signal.SIGTERM, _terminated)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    name = "logitwise" if rank() == 0 else f"logitwise, process {rank()} counted from 0"
     try:
         code = app(standalone_mode=False) or 0
     except LogitwiseError as error:
         if rank() and isinstance(error, InputError):
             time.sleep(PAUSE)
-        console.print(f"[bold red]{name}:[/] {escape(str(error))}")
+        console.print(f"[bold red]{speaker()}:[/] {escape(str(error))}")
         code = error.exit_code
     except _Terminated:
         code = TERMINATED

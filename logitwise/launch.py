@@ -18,6 +18,11 @@ def rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
+def speaker() -> str:
+    """Who speaks, before what is said of an error."""
+    return "logitwise" if rank() == 0 else f"logitwise, process {rank()} counted from 0"
+
+
 def threads_each() -> int | None:
     """Threads for each process of this machine, where torchrun gave each one alone, for want of a number."""
     if started_here() == 1 or os.environ.get("OMP_NUM_THREADS") != "1":

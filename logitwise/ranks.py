@@ -6,7 +6,7 @@ rank alone writes. The run folder has to lie where all of them see it.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch.distributed as distributed
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from logitwise.errors import MachineError, RecipeError
+from logitwise.errors import RecipeError
 from logitwise.launch import started, started_here, threads_each
+from logitwise.lost import ending_with_others, gone
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for another: the first may write text for hours. torchrun ends them all when one has died."""
@@ -234,7 +235,8 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     threads = torch.get_num_threads()
     torch.set_num_threads(threads_each() or threads)
     try:
-        yield ranks
+        with ending_with_others(PATIENCE) if on_gpus else nullcontext():  # gloo says itself that another is gone
+            yield ranks
     finally:
         torch.set_num_threads(threads)
         distributed.destroy_process_group()
@@ -259,8 +261,5 @@ def _others() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise MachineError(
-            "another process of this run is gone",
-            f"it failed, was killed or lost its connection ({str(error).splitlines()[0].split('. ')[0]})",
-            "see what it said; finished blocks are kept: run the same command again, on as many processes as you like",
-        ) from error
+        said = str(error).splitlines()[0].split(". ")[0]
+        raise gone(f"it failed, was killed or lost its connection ({said})") from error
