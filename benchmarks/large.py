@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1], help="a run by so many, and by so many")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.grow and given.processes != [1]:
+        parser.error("--grow is by one process")
     if given.only:
         made = run(**json.loads(given.only))
         if rank() == 0:

@@ -344,7 +344,8 @@ def fit(
 def _learner(window: Window, quantizers: dict[Slot, Quantizer], ranks: Ranks) -> Alone:
     if ranks.world == 1 or not any(quantizer.groups() for quantizer in quantizers.values()):  # nothing is learned
         return Alone(quantizers, window.learn(quantizers), weights_of)
-    return Shared(quantizers, ranks, window.through, window.weights_of, window.skeleton.dtype)
+    skeleton = window.skeleton
+    return Shared(quantizers, ranks, window.through, window.weights_of, skeleton.dtype, skeleton.device)
 
 
 def weights_of(quantizers: Mapping[Slot, Quantizer], progress: float) -> dict[Slot, Tensor]:

@@ -3,7 +3,7 @@
 Where their activations do not fit beside each other, only one block is in memory with its activations: each is run
 once more when its gradient's turn comes. A small model's step is bound by launches and not by arithmetic: on a GPU its
 blocks are recorded as CUDA graphs, forward and backward, and replayed; their gradients lie in the recording's memory
-and are to be used, and set to None, before the next step.
+and are to be used, and set to None, before the next step, where they are not added to what the parameters have already.
 """
 
 import gc

@@ -1,8 +1,8 @@
 """Ends a process whose run has lost another one, also while it waits for its GPU.
 
 NCCL does not say that a process has died: a GPU goes on waiting for the other, and whoever waits for the GPU with it.
-So each rank listens in a thread, over gloo, to the next one, which says how it leaves. Where it has failed, or its
-connection ends without a word, this process says so and ends, and so on around.
+So each rank listens in a thread, over gloo, to the next one, which says how it leaves. Where its connection ends
+without a word, or it has failed and is not gone yet, this process says so and ends, and so on around.
 """
 
 import os
@@ -24,8 +24,9 @@ IN_ORDER, FAILED = 0, 1
 GRACE = 0.05
 """Seconds in which a rank that has noticed by itself may leave by itself; torchrun ends it after a tenth."""
 
-GOODBYE = 5.0
-"""Seconds for the next rank to leave as well."""
+LONG_GRACE = 5.0
+"""Seconds for a rank that has failed to say why, since torchrun ends it with the first that ends; for the next rank to
+leave in its order as well."""
 
 
 def gone(why: str) -> MachineError:
@@ -45,10 +46,11 @@ def ending_with_others(patience: timedelta) -> Iterator[None]:
     leaving = Event()
 
     def listen() -> None:
-        how = torch.tensor(FAILED)
+        how, grace = torch.tensor(FAILED, device="cpu"), GRACE
         with suppress(RuntimeError):  # the connection ended
             distributed.recv(how, (rank + 1) % world, group=group)
-        if how != IN_ORDER and not leaving.wait(GRACE):
+            grace = LONG_GRACE
+        if how != IN_ORDER and not leaving.wait(grace):
             sys.stderr.write(f"{speaker()}: {gone('it failed or was killed')}\n")
             sys.stderr.flush()
             os._exit(MachineError.exit_code)
@@ -65,5 +67,6 @@ def ending_with_others(patience: timedelta) -> Iterator[None]:
     finally:
         leaving.set()
         with suppress(RuntimeError):  # it has left already
-            distributed.send(torch.tensor(how), (rank - 1) % world, group=group)
-        listener.join(GOODBYE)
+            distributed.send(torch.tensor(how, device="cpu"), (rank - 1) % world, group=group)
+        if how == IN_ORDER:
+            listener.join(LONG_GRACE)

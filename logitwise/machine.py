@@ -64,10 +64,9 @@ def _version(package: str) -> str:
 def repeatable() -> Iterator[None]:
     """Inside this context the same seed gives the same bits, whatever the caller has set.
 
-    The caller's generators and torch's settings are left as they were; of GPUs' generators that of the current one,
-    since to ask for another's takes half a gigabyte of that GPU.
+    The caller's generators and torch's settings are left as they were.
     """
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    gpus = range(torch.cuda.device_count())  # named, since torch warns of several that are not
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

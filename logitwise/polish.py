@@ -22,7 +22,7 @@ from logitwise.fit import Data, batches_of
 from logitwise.grid import Quantized, merge, split, store_through
 from logitwise.learnable import LearnableBlock, LearnableBlocks
 from logitwise.memory import free_memory
-from logitwise.objectives.base import positions
+from logitwise.objectives.chunked import positions
 from logitwise.objectives.soft import compare, soft_cross_entropy
 from logitwise.ranks import ALONE, Ranks
 from logitwise.recipe import Recipe

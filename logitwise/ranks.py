@@ -15,7 +15,7 @@ import torch.distributed as distributed
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from logitwise.errors import RecipeError
+from logitwise.errors import InputError, RecipeError
 from logitwise.launch import started, started_here, threads_each
 from logitwise.lost import ending_with_others, gone
 
@@ -234,12 +234,17 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     ranks.total(1)  # where the first ends at once, with what it refuses, the others must have met it before
     threads = torch.get_num_threads()
     torch.set_num_threads(threads_each() or threads)
+    failed = False
     try:
         with ending_with_others(PATIENCE) if on_gpus else nullcontext():  # gloo says itself that another is gone
             yield ranks
+    except Exception as error:
+        failed = not isinstance(error, InputError)
+        raise
     finally:
         torch.set_num_threads(threads)
-        distributed.destroy_process_group()
+        if not (failed and on_gpus):  # NCCL might wait for what never comes before it is said what failed
+            distributed.destroy_process_group()
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

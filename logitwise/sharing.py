@@ -68,7 +68,7 @@ class Shared(Alone):
         ranks: who shares them.
         through: the window with weights that are given.
         weights_of: what quantizers stand for.
-        dtype: the type that blocks are computed in.
+        dtype, device: the type that blocks are computed in, and where.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class Shared(Alone):
         through: Through,
         weights_of: WeightsOf,
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.ranks, self.quantizers, self.owner = ranks, quantizers, owners(list(quantizers), ranks.world)
         own = {slot: quantizer for slot, quantizer in quantizers.items() if self.owner[slot] == ranks.rank}
-        device = next(iter(next(iter(quantizers.values())).state_dict().values())).device
         self.weights_by_rank, views = rows_of(self.owner, ranks.world, dtype, device)
         self.gradients_by_rank, self.gradients = rows_of(self.owner, ranks.world, dtype, device)
         self.leaves = {slot: nn.Parameter(view) for slot, view in views.items()}

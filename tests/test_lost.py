@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -91,6 +92,7 @@ def test_whoever_waits_ends_when_another_is_gone_and_says_so(end: Callable[[], N
     for rank, name in enumerate(("logitwise: ", "logitwise, process 1 counted from 0: ")):
         assert f"{name}another process of this run is gone" in said[rank]
         assert "run the same command again" in said[rank]
+    assert end is die or "made up" in said[2]
 
 
 @pytest.mark.parametrize(("work", "code"), [(nothing, 0), (leave_later, 0), (refuse, 2)])
@@ -100,3 +102,25 @@ def test_ranks_that_leave_in_order_end_nobody(work: Callable[[], None], code: in
     assert codes == [code, code]
     assert not any("is gone" in each for each in said)
     assert seconds < LONG / 2
+
+
+def supervised() -> None:
+    """One of the processes that torchrun starts: the last fails."""
+    distributed.init_process_group("gloo")
+    last = distributed.get_rank() == distributed.get_world_size() - 1
+    try:
+        with ending_with_others(timedelta(seconds=LONG)):
+            fail() if last else wait_long()
+    except MachineError as error:
+        time.sleep(0.2)  # what is around it takes a moment to end
+        sys.exit(f"this is why: {error}")
+
+
+def test_whoever_fails_says_why_before_torchrun_ends_the_rest(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text("from test_lost import supervised\n\nsupervised()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LONG, check=False)
+    assert ran.returncode == 1
+    assert "this is why: the GPU's memory is not enough" in ran.stderr

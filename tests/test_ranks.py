@@ -384,6 +384,20 @@ def test_the_first_step_of_processes_is_that_of_one_alone(device: str, tmp_path:
             assert float((gradient - exact).norm()) <= tolerance * float(exact.norm()) > 0
 
 
+def threads_of_rank(rank: int, world: int, port: int) -> None:
+    """Torch's threads in a process of a run, which find seven cores there."""
+    os.environ.update(as_rank(rank, world, port), OMP_NUM_THREADS="1")
+    os.sched_getaffinity = lambda process: set(range(7))
+    torch.set_num_threads(1)
+    with joined("cpu"):
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == 1
+
+
+def test_a_process_has_its_share_of_the_cores_while_it_runs() -> None:
+    spawn(threads_of_rank, (2, free_port()), 2)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ranks")

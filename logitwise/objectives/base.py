@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from logitwise.head import Head
-from logitwise.objectives.chunked import Rule, head_loss
+from logitwise.objectives.chunked import Rule, head_loss, positions
 from logitwise.objectives.soft import compare
 from logitwise.ranks import Ranks
 
@@ -79,7 +79,7 @@ class LogitObjective(Objective):
 
     @torch.no_grad()
     def measure(self, taps: Taps) -> tuple[float, float]:
-        student, teacher, weights, following, head = counted(taps)
+        student, teacher, weights, following, head = what_counts(taps)
         found = compare(student, head, teacher, taps.teacher_head or head, following)
         shares = weights.double().cpu()
         return float((found.kl * shares).sum()), float(shares.sum())
@@ -89,11 +89,11 @@ class RuleObjective(LogitObjective, Rule):
     """A loss of logits that says, as a rule does, what one token's logits cost."""
 
     def loss(self, taps: Taps) -> Float[Tensor, ""]:
-        student, teacher, weights, following, head = counted(taps)
+        student, teacher, weights, following, head = what_counts(taps)
         return head_loss(student, teacher, weights, following, head, self)
 
 
-def counted(taps: Taps) -> tuple[Tensor, Tensor, Tensor, Tensor, Head]:
+def what_counts(taps: Taps) -> tuple[Tensor, Tensor, Tensor, Tensor, Head]:
     """Student's and teacher's hidden states, weights and following tokens at the positions that count; the head."""
     assert taps.head is not None
     index = positions(taps.weights)
@@ -101,8 +101,3 @@ def counted(taps: Taps) -> tuple[Tensor, Tensor, Tensor, Tensor, Head]:
         teacher = (taps.teacher_head or taps.head).hidden(taps.teacher.flatten(0, 1)[index])
     student = taps.head.hidden(taps.student.flatten(0, 1)[index])
     return student, teacher, taps.weights.flatten()[index], taps.following.flatten()[index], taps.head
-
-
-def positions(weights: Float[Tensor, "rows tokens"]) -> Int64[Tensor, "counted"]:
-    """Which positions count, among those of all rows; found once, since a GPU is waited for to know how many."""
-    return (weights.flatten() > 0).nonzero().squeeze(-1)

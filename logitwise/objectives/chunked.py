@@ -44,9 +44,14 @@ def chunk_tokens(vocabulary: int) -> int:
     return max(1, CHUNK_ELEMENTS // vocabulary)
 
 
+def positions(weights: Float[Tensor, "*rows tokens"]) -> Int64[Tensor, "counted"]:
+    """Which positions count, among those of all rows. A GPU is waited for, since they say how many there are."""
+    return (weights.flatten() > 0).nonzero().squeeze(-1)
+
+
 def counted(weights: Float[Tensor, "tokens"], step: int) -> Iterator[tuple[Int64[Tensor, "n"], Float[Tensor, "n"]]]:
     """The positions of weight above 0, `step` at a time, with their shares of the whole weight; none if none counts."""
-    index = (weights > 0).nonzero().squeeze(-1)
+    index = positions(weights)
     if len(index):
         shares = weights[index] / weights[index].sum()
         yield from zip(index.split(step), shares.split(step), strict=True)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from logitwise.objectives.base import LogitObjective, Taps, counted
+from logitwise.objectives.base import LogitObjective, Taps, what_counts
 from logitwise.objectives.soft import soft_cross_entropy
 
 
@@ -25,5 +25,5 @@ class LogitAware(LogitObjective):
     temperature: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] = 1.0
 
     def loss(self, taps: Taps) -> Float[Tensor, ""]:
-        student, teacher, weights, _, head = counted(taps)
+        student, teacher, weights, _, head = what_counts(taps)
         return soft_cross_entropy(student, teacher, weights, head, self.temperature).cross_entropy
