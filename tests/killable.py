@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 from contextlib import suppress
@@ -15,6 +14,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import transformers.models.llama.modeling_llama  # noqa: F401 (transformers loads it late)
+from rank_environment import as_rank, free_port
 from source_files import llama_config, random_model, save
 
 from logitwise import cli, evaluation, pipeline, refitting, unfinished  # noqa: F401 (the command line loads them late)
@@ -62,20 +62,6 @@ def start_ranks(place: Path, words: tuple[str, ...], world: int) -> list[ForkSer
     """Starts a command as torchrun does, in so many processes; what each of them says is in HEARD and its rank."""
     port = free_port()
     return [start(place, words, environment=as_rank(rank, world, port)) for rank in range(world)]
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def as_rank(rank: int, world: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets for one of so many processes of a machine."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world))
-    return common | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
 
 
 def heard_by(rank: int) -> str:

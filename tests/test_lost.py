@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as distributed
-from killable import as_rank, free_port
+from rank_environment import as_rank, free_port
 from torch.multiprocessing import get_context
 
 from logitwise.errors import MachineError, RecipeError

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import MemorySource, last_block, tiny_model
-from killable import HEARD, QUANTIZE, as_rank, contents, free_port, heard_by, make_model, start, start_ranks
+from killable import HEARD, QUANTIZE, contents, heard_by, make_model, start, start_ranks
+from rank_environment import as_rank, free_port
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -362,13 +363,17 @@ def test_too_little_to_share_is_refused(settings: dict[str, Any], words: str) ->
 
 
 def first_step_of_rank(rank: int, world: int, port: int, device: str, place: Path) -> None:
-    """The gradients of a process's first step, into a file, by their slots' names."""
-    os.environ.update(as_rank(rank, world, port))
+    """The gradients of a process's first step, into a file, by their slots' names. Of seven cores it has its share."""
+    os.environ.update(as_rank(rank, world, port), OMP_NUM_THREADS="1")
+    os.sched_getaffinity = lambda process: set(range(7))
+    torch.set_num_threads(1)
     descent.Optimizers = Watched  # type: ignore[misc]
     with joined(device) as ranks:
+        assert torch.get_num_threads() == (1 if world == 1 else 3)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         skeleton = Skeleton(MemorySource(tiny_model("llama")), torch.device(device), dtype)
         found = first_step(skeleton, "lfq", {}, ranks)["gradients"]
+    assert torch.get_num_threads() == 1
     torch.save({slot.name: [g.cpu() for g in own] for slot, own in found.items()}, place / f"{rank} of {world}.pt")
 
 
@@ -382,20 +387,6 @@ def test_the_first_step_of_processes_is_that_of_one_alone(device: str, tmp_path:
     for name, own in (others[0] | others[1]).items():
         for gradient, exact in zip(own, one[name], strict=True):
             assert float((gradient - exact).norm()) <= tolerance * float(exact.norm()) > 0
-
-
-def threads_of_rank(rank: int, world: int, port: int) -> None:
-    """Torch's threads in a process of a run, which find seven cores there."""
-    os.environ.update(as_rank(rank, world, port), OMP_NUM_THREADS="1")
-    os.sched_getaffinity = lambda process: set(range(7))
-    torch.set_num_threads(1)
-    with joined("cpu"):
-        assert torch.get_num_threads() == 3
-    assert torch.get_num_threads() == 1
-
-
-def test_a_process_has_its_share_of_the_cores_while_it_runs() -> None:
-    spawn(threads_of_rank, (2, free_port()), 2)
 
 
 @pytest.fixture(scope="module")
