@@ -163,8 +163,10 @@ def _measured(
     with only_new_collected(), watcher.stage("Trying a few steps", 4) as stage:
         if all_rows and split_spec(recipe.calibration)[0] == "self":
             tokens = (all_rows + 2) * recipe.row_tokens
-            text = of_text(source, recipe, min(ANSWER_BATCH, math.ceil(tokens / ANSWER_TOKENS)), depth)
-            seconds["writing calibration text"] = text.token * tokens
+            answers = math.ceil(tokens / ANSWER_TOKENS)
+            together = min(ANSWER_BATCH, answers)
+            text = of_text(source, recipe, together, depth)
+            seconds["writing calibration text"] = text.token * tokens + text.prompts * answers / together
             seconds[FIRST] += text.first
             of_writing = text.peak
         stage.advance()

@@ -5,6 +5,7 @@ a block, a written token); how many there are is planning.py's to say.
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,12 +34,14 @@ from logitwise.stages import widest_end
 from logitwise.watch import Stage
 from logitwise.windows import Step, final_blocks
 
-WRITTEN = 32
-"""Tokens of each answer that is written to see what a token takes."""
+WRITTEN = (16, 48)
+"""Tokens of each answer that is written, to see what a token takes and what the prompts do."""
 BLOCKS_WRITTEN_WITH = 4
 LONG_ENOUGH = 1.0
 """Seconds of steps that are timed, at most `MOST_STEPS` of them."""
 MOST_STEPS = 40
+ENOUGH = 4
+"""Steps of which the time of one is found beside what comes before them."""
 DRAWN = 1 << 16
 """Weights of a matrix that are drawn, the others being these again: to draw all would take longer than to read them."""
 TIMES = 3
@@ -113,9 +116,17 @@ class OfWindow:
 
 @dataclass(frozen=True)
 class OfText:
-    """What writing text takes: seconds more at first, seconds a token, and bytes at most, as for a window."""
+    """What writing text takes.
+
+    Args:
+        first: seconds more at first, as for a window.
+        prompts: seconds of reading the prompts that are answered together.
+        token: seconds of a token that is written.
+        peak: bytes at most, as for a window.
+    """
 
     first: float
+    prompts: float
     token: float
     peak: int
 
@@ -195,7 +206,8 @@ def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot],
         many = _seconds(device, lambda: trial.learn(2 + more))
         trial.ask()
         asked = _seconds(device, trial.ask)
-    each = (many - few) / more if many > few else many / (2 + more)
+    # A difference of few steps would be as noisy as they are.
+    each = (many - few) / more if more >= ENOUGH and many > few else min(few / 2, many / (2 + more))
     groups = [group for quantizer in trial.quantizers.values() for group in quantizer.groups().values()]
     learned = sum(parameter.numel() for group in groups for parameter in group)
     first, opening = first + max(0.0, slow - few), opening + max(0.0, few - 2 * each)
@@ -244,12 +256,13 @@ def of_text(source: Source, recipe: Recipe, batch: int, depth: int) -> OfText:
     few, many = (_writing(MadeUp(source, count), recipe, batch) for count in (1, blocks))
     more = (depth - 1) / max(1, blocks - 1)
     token = few.token + more * max(0.0, many.token - few.token)
+    prompts = few.prompts + more * max(0.0, many.prompts - few.prompts)
     config = source.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cache = 2 * heads * width * depth * getattr(torch, recipe.compute_dtype).itemsize  # keys and values of a token
-    longer = batch * (ANSWER_TOKENS - WRITTEN) * cache
-    return OfText(few.first, token, int(few.peak + more * max(0, many.peak - few.peak)) + longer)
+    longer = batch * (ANSWER_TOKENS - WRITTEN[-1]) * cache
+    return OfText(few.first, prompts, token, int(few.peak + more * max(0, many.peak - few.peak)) + longer)
 
 
 def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:
@@ -257,26 +270,30 @@ def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:
     with _peak(device) as peak:
         model = load_whole(source, device, dtype)
 
-        def write() -> int:
+        def write(answer_tokens: int) -> int:
             written = write_answers(
                 model,
                 source.tokenizer(),
                 shipped_prompts(batch, recipe.seed),
-                tokens=batch * 10 * WRITTEN,
-                answer_tokens=WRITTEN,
+                tokens=batch * 10 * answer_tokens,
+                answer_tokens=answer_tokens,
                 batch=batch,
                 seed=recipe.seed,
             )
             return sum(sum(document.counts) for document in written)
 
-        tokens, took = 0, list[float]()
-        for _ in range(3):  # the same tokens each time
+        took, tokens = list[float](), list[int]()
+        few, many = WRITTEN
+        for length in (few, few, many):
             began = _now(device)
-            tokens = write()
+            tokens.append(write(length))
             took.append(_now(device) - began)
     del model
     gc.collect()
-    return OfText(took[0] - min(took), min(took) / tokens, peak())
+    short = min(took[:2])
+    more = (took[2] - short) / (tokens[2] - tokens[1]) if tokens[2] > tokens[1] and took[2] > short else math.inf
+    token = min(more, short / tokens[1])  # answers may end early, and a moment be bad
+    return OfText(took[0] - short, short - token * tokens[1], token, peak())
 
 
 def _skeleton(source: Source, recipe: Recipe) -> Skeleton:
