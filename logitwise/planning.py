@@ -150,7 +150,7 @@ def _measured(
     seconds = {"reading and checking the model": _bytes_checked(outlined) / READING, FIRST: 0.0}
     learns, depth = QUANTIZERS[recipe.method].learns, len(outlined.skeleton)
     rows, held = recipe.most_rows, recipe.held_out_rows
-    all_rows, of_writing, notes = rows + held, 0, list[str]()
+    all_rows, of_writing, counted, notes = rows + held, 0, 1.0, list[str]()
     if recipe.polish:  # whose rows may be more
         all_rows = max(all_rows, (recipe.polish_rows or 0) + held)
     if not learns:
@@ -168,13 +168,14 @@ def _measured(
             text = of_text(source, recipe, together, depth)
             seconds["writing calibration text"] = text.token * tokens + text.prompts * answers / together
             seconds[FIRST] += text.first
-            of_writing = text.peak
+            of_writing, counted = text.peak, text.counted
         stage.advance()
         forward = of_forward(source, recipe, max(1, min(all_rows, at_once)))
         stage.advance()
         usual = of_window(source, recipe, largest, outlined.kept, min(all_rows, at_once))
         stage.advance()
-        last = of_window(source, recipe, refits[0], outlined.kept, min(all_rows, at_once)) if refits else None
+        reading = min(all_rows, at_once), counted
+        last = of_window(source, recipe, refits[0], outlined.kept, *reading) if refits else None
         stage.advance()
     gc.collect()
     seconds[FIRST] += usual.first + (last.first if last else 0.0)

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from logitwise.calibration import ANSWER_TOKENS
 from logitwise.calibration.generate import write_answers
 from logitwise.calibration.prompts import shipped_prompts
+from logitwise.calibration.rows import Document
 from logitwise.descent import Schedule
 from logitwise.fit import Data, Window, fit, measure, weights_of
 from logitwise.objectives import OBJECTIVES
@@ -36,7 +37,8 @@ from logitwise.windows import Step, final_blocks
 
 WRITTEN = (16, 48)
 """Tokens of each answer that is written, to see what a token takes and what the prompts do."""
-BLOCKS_WRITTEN_WITH = 4
+BLOCKS_WRITTEN_WITH, BYTES_WRITTEN_WITH = 4, 1 << 28
+"""Blocks of a model that text is written with: these, or as many as have so many bytes."""
 LONG_ENOUGH = 1.0
 """Seconds of steps that are timed, at most `MOST_STEPS` of them."""
 MOST_STEPS = 40
@@ -122,12 +124,14 @@ class OfText:
         first: seconds more at first, as for a window.
         prompts: seconds of reading the prompts that are answered together.
         token: seconds of a token that is written.
+        counted: share of positions that count, those of prompts being the others; of answers as long as they may be.
         peak: bytes at most, as for a window.
     """
 
     first: float
     prompts: float
     token: float
+    counted: float
     peak: int
 
 
@@ -138,13 +142,15 @@ class _Trial:
         skeleton: whose window it is.
         recipe, step: how it is fitted.
         rows: rows of text at most, and at least those of a step.
+        counted: share of their positions that count.
     """
 
-    def __init__(self, skeleton: Skeleton, recipe: Recipe, step: Step, rows: int) -> None:
+    def __init__(self, skeleton: Skeleton, recipe: Recipe, step: Step, rows: int, counted: float = 1.0) -> None:
         self.skeleton, self.recipe, self.step = skeleton, recipe, step
         ids, self.calls = _ids(skeleton, max(step.batch, rows), recipe.row_tokens), skeleton.calls(recipe.row_tokens)
         student = skeleton.embed(ids, batch=step.batch)
         weights = torch.ones(ids.shape, device=skeleton.device)
+        weights[:, int(counted * ids.shape[1]) :] = 0
         self.held_out = min(len(ids), recipe.held_out_rows) or step.batch
         self.data = Data(student, student.clone(), weights, ids.to(skeleton.device), len(ids), self.held_out)
         self.head = skeleton.head() if OBJECTIVES[step.objective].reads_head else None
@@ -183,12 +189,14 @@ class _Trial:
         measure(self.window, weights, self.objective, self.head, self.data, self.step.batch)
 
 
-def of_window(source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], rows: int) -> OfWindow:
-    """What one window takes; on `rows` rows at most, and at least those of a step."""
+def of_window(
+    source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], rows: int, counted: float = 1.0
+) -> OfWindow:
+    """What one window takes; on `rows` rows at most, and at least a step's, of whose positions a share counts."""
     skeleton = _skeleton(source, recipe)
     device = skeleton.device
     with _peak(device) as peak:
-        trial = _Trial(skeleton, recipe, step, rows)
+        trial = _Trial(skeleton, recipe, step, rows, counted)
         first = opening = _seconds(device, lambda: trial.open(kept))
 
         def again() -> None:
@@ -252,8 +260,10 @@ def of_forward(source: Source, recipe: Recipe, rows: int) -> float:
 
 def of_text(source: Source, recipe: Recipe, batch: int, depth: int) -> OfText:
     """What the model's own text takes, from models of one block and of a few, in a straight line to `depth`."""
-    blocks = min(BLOCKS_WRITTEN_WITH, depth)
-    few, many = (_writing(MadeUp(source, count), recipe, batch) for count in (1, blocks))
+    of_block = sum(p.numel() for p in _skeleton(source, recipe).blocks[0].parameters()) * source.dtype.itemsize
+    blocks = min(max(BLOCKS_WRITTEN_WITH, BYTES_WRITTEN_WITH // of_block), depth)
+    many = _writing(MadeUp(source, blocks), recipe, batch)
+    few = many if blocks == depth else _writing(MadeUp(source, 1), recipe, batch)
     more = (depth - 1) / max(1, blocks - 1)
     token = few.token + more * max(0.0, many.token - few.token)
     prompts = few.prompts + more * max(0.0, many.prompts - few.prompts)
@@ -262,7 +272,7 @@ def of_text(source: Source, recipe: Recipe, batch: int, depth: int) -> OfText:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cache = 2 * heads * width * depth * getattr(torch, recipe.compute_dtype).itemsize  # keys and values of a token
     longer = batch * (ANSWER_TOKENS - WRITTEN[-1]) * cache
-    return OfText(few.first, prompts, token, int(few.peak + more * max(0, many.peak - few.peak)) + longer)
+    return OfText(few.first, prompts, token, few.counted, int(few.peak + more * max(0, many.peak - few.peak)) + longer)
 
 
 def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:
@@ -270,8 +280,8 @@ def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:
     with _peak(device) as peak:
         model = load_whole(source, device, dtype)
 
-        def write(answer_tokens: int) -> int:
-            written = write_answers(
+        def write(answer_tokens: int) -> list[Document]:
+            return write_answers(
                 model,
                 source.tokenizer(),
                 shipped_prompts(batch, recipe.seed),
@@ -280,20 +290,22 @@ def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:
                 batch=batch,
                 seed=recipe.seed,
             )
-            return sum(sum(document.counts) for document in written)
 
         took, tokens = list[float](), list[int]()
         few, many = WRITTEN
         for length in (few, few, many):
             began = _now(device)
-            tokens.append(write(length))
+            written = write(length)
             took.append(_now(device) - began)
+            tokens.append(sum(sum(document.counts) for document in written))
     del model
     gc.collect()
     short = min(took[:2])
     more = (took[2] - short) / (tokens[2] - tokens[1]) if tokens[2] > tokens[1] and took[2] > short else math.inf
     token = min(more, short / tokens[1])  # answers may end early, and a moment be bad
-    return OfText(took[0] - short, short - token * tokens[1], token, peak())
+    prompt = (sum(len(document.ids) for document in written) - tokens[2]) / len(written)
+    counted = ANSWER_TOKENS / (ANSWER_TOKENS + prompt)
+    return OfText(took[0] - short, short - token * tokens[1], token, counted, peak())
 
 
 def _skeleton(source: Source, recipe: Recipe) -> Skeleton:

@@ -83,7 +83,9 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two blocks, 24 rows and 8 held out, 6 steps of 4 rows, held-out rows asked 3 times."""
-    monkeypatch.setattr(planning, "of_text", lambda *given: OfText(first=1.0, prompts=3e7, token=1e3, peak=5))
+    monkeypatch.setattr(
+        planning, "of_text", lambda *given: OfText(first=1.0, prompts=3e7, token=1e3, counted=0.9, peak=5)
+    )
     monkeypatch.setattr(planning, "of_forward", lambda *given: 1.0)
     of_last = OfWindow(first=2.0, opening=3e3, step=5e5, held_out_row=7e6, peak=9, learned=30)
     of_others = OfWindow(first=4.0, opening=1e2, step=1e4, held_out_row=1e6, peak=7, learned=20)
