@@ -259,7 +259,7 @@ def of_forward(source: Source, recipe: Recipe, rows: int) -> float:
 
 
 def of_text(source: Source, recipe: Recipe, batch: int, depth: int) -> OfText:
-    """What the model's own text takes, from models of one block and of a few, in a straight line to `depth`."""
+    """What the model's own text takes: of a small one itself, else from one block and a few, in a line to `depth`."""
     of_block = sum(p.numel() for p in _skeleton(source, recipe).blocks[0].parameters()) * source.dtype.itemsize
     blocks = min(max(BLOCKS_WRITTEN_WITH, BYTES_WRITTEN_WITH // of_block), depth)
     many = _writing(MadeUp(source, blocks), recipe, batch)
