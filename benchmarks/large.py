@@ -89,7 +89,7 @@ def main() -> None:
     for number, point in enumerate(growth(given) if given.grow else [of_shape(given)]):
         with tempfile.TemporaryDirectory() as temporary:
             point["folder"] = temporary
-            write_model(config_of(point), Path(temporary) / "model")
+            write_model(config_of(point["config"]), Path(temporary) / "model")
             for processes in given.processes:
                 made = run(**point) if given.grow else in_processes(processes, point)
                 if number or not given.grow:
@@ -130,11 +130,9 @@ def growth(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"config": config, "rows": at["rows"], "settings": SHORT + given.set, "varies": name, "at": at}
 
 
-def config_of(point: dict[str, Any]) -> LlamaConfig:
-    """The config of a run's model."""
-    return LlamaConfig(
-        **point["config"], tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"]
-    )
+def config_of(shape: dict[str, Any]) -> LlamaConfig:
+    """The config of a model of this shape."""
+    return LlamaConfig(**shape, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"])
 
 
 def show(found: dict[str, Any]) -> None:
@@ -167,7 +165,7 @@ def run(
         fused.SECONDS_TO_COMPILE = 0
     if CUDA and started() > 1:
         torch.cuda.set_device(rank())
-    made, model = config_of({"config": config}), Path(folder) / "model"
+    made, model = config_of(config), Path(folder) / "model"
     recipe = Recipe.load(**parse_settings(settings), rows=rows)
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(made.vocab_size, (rows + (recipe.held_out or 0), recipe.row_tokens + 1), generator=generator)

@@ -165,7 +165,7 @@ def _measured(
             tokens = (all_rows + 2) * recipe.row_tokens
             answers = math.ceil(tokens / ANSWER_TOKENS)
             together = min(ANSWER_BATCH, answers)
-            text = of_text(source, recipe, together, depth)
+            text = of_text(source, recipe, together, outlined.skeleton)
             seconds["writing calibration text"] = text.token * tokens + text.prompts * answers / together
             seconds[FIRST] += text.first
             of_writing, counted = text.peak, text.counted

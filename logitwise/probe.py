@@ -258,9 +258,10 @@ def of_forward(source: Source, recipe: Recipe, rows: int) -> float:
     return seconds / len(ids)
 
 
-def of_text(source: Source, recipe: Recipe, batch: int, depth: int) -> OfText:
-    """What the model's own text takes: of a small one itself, else from one block and a few, in a line to `depth`."""
-    of_block = sum(p.numel() for p in _skeleton(source, recipe).blocks[0].parameters()) * source.dtype.itemsize
+def of_text(source: Source, recipe: Recipe, batch: int, skeleton: Skeleton) -> OfText:
+    """What the model's own text takes: of a small one itself, else from one block and a few, in a line to all."""
+    depth = len(skeleton)
+    of_block = sum(p.numel() for p in skeleton.blocks[0].parameters()) * source.dtype.itemsize
     blocks = min(max(BLOCKS_WRITTEN_WITH, BYTES_WRITTEN_WITH // of_block), depth)
     many = _writing(MadeUp(source, blocks), recipe, batch)
     few = many if blocks == depth else _writing(MadeUp(source, 1), recipe, batch)

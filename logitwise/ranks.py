@@ -238,7 +238,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     try:
         with ending_with_others(PATIENCE) if on_gpus else nullcontext():  # gloo says itself that another is gone
             yield ranks
-    except Exception as error:
+    except BaseException as error:
         failed = not isinstance(error, InputError)
         raise
     finally:
