@@ -212,7 +212,7 @@ def _fit(
         return chain(data.train[:count].digest(), held_out=data.held_out.digest())
 
     steps = plan_steps(recipe, len(job.skeleton), root, digest, most)
-    if compiles(job.skeleton, steps):  # which may differ in the last bit
+    if compiled := compiles(job.skeleton, steps):  # which may differ in the last bit
         steps = plan_steps(recipe, len(job.skeleton), chain(root, compiled=True), digest, most)
     batch = recipe.batch_last or recipe.batch
     fresh = _fresh(job, recipe, data, batch, folder, steps[-1].key) if recipe.fresh_last else None
@@ -222,7 +222,7 @@ def _fit(
         with watcher.stage("Trying the last fit", 1) as stage:
             step = replace(last[0], batch=ranks.count(last[0].batch))
             beside = bytes_of_streams(recipe, job.skeleton, len(both)) if streams.place == "device" else 0
-            try_memory(job.skeleton, recipe, step, job.kept, beside)
+            try_memory(job.skeleton, recipe, step, job.kept, beside, compiled)
             stage.advance()
     Walk(job.skeleton, recipe, both, held_out, folder, job.kept, fresh, ranks, streams).run(steps, watcher)
     if recipe.fresh_last:

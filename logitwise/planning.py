@@ -1,11 +1,9 @@
-"""What a run will take, before it begins and without a weight being read: size, disk, memory, time, engines.
+"""What a run will take, before it begins and without its weights being loaded: size, disk, memory, time, engines.
 
-Sizes are counted. Times and memory are measured by probe.py on made-up weights, one unit of each kind, and multiplied
-by how many units the run has.
+Sizes are counted; times and memory are costs.py's to say.
 """
 
-import gc
-import math
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,31 +12,19 @@ from pathlib import Path
 import psutil
 import torch
 
-from logitwise.activations import choose_place
 from logitwise.audit import audit
-from logitwise.calibration import ANSWER_BATCH, ANSWER_TOKENS
-from logitwise.calibration import split as split_spec
+from logitwise.costs import READING, memory_of, seconds_of, units_of, work_of, writes_on
 from logitwise.errors import RecipeError
 from logitwise.formats import unfusable
 from logitwise.grid import Grid
 from logitwise.machine import repeatable
-from logitwise.memory import free_memory, only_new_collected, total_memory
+from logitwise.memory import free_memory, total_memory
 from logitwise.preflight import Outline, outline
-from logitwise.probe import TRIED_ON, OfWindow, bytes_of_streams, of_forward, of_text, of_window
-from logitwise.quantizers import INFORMED, QUANTIZERS
 from logitwise.recipe import Choice, Recipe
-from logitwise.skeleton import PROOF_BLOCKS, Slot
-from logitwise.unfinished import SECONDS
+from logitwise.skeleton import Slot
 from logitwise.watch import SILENT, Watcher
-from logitwise.windows import Step, plan_steps
 
 GIB = 2**30
-READING, WRITING = 2**29, 2**28
-"""Bytes a second at which weights are taken to be read and hashed, and a checkpoint to be written, and to be read back:
-the only figures that are not measured."""
-STATE = 2 * 4 * 4
-"""Bytes of disk for each number of a long fit: itself, its best iterate, two of Adam; as many while newer ones come."""
-FIRST = "first steps, loading kernels"
 SPLITS = (1, 2, 4, 8)
 ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "c_proj", "fc2", "wo", "w2")
 """Names of layers whose inputs tensor parallelism splits; of all others it splits the outputs."""
@@ -100,13 +86,19 @@ def plan(
     Errors: InputError for whatever the run itself would refuse before its work.
     """
     recipe = recipe or Recipe.load()
+    began = time.monotonic()
     outlined = outline(model, recipe, False, revision)
+    opening = time.monotonic() - began
     grid_of = recipe.grid_of if recipe.target_bits is None else lambda module: recipe.grids_of(module)[0]
     machine = {name: outlined.choices[name].value for name in ("device", "compute_dtype")}
     grids = {slot.module: grid_of(slot.module) for slot in outlined.slots}
     size, stored, weights, parameters = _sizes(outlined, recipe, grids)
     with repeatable():
-        seconds, device_memory, ram, on_disk, notes = _measured(outlined, recipe.but(**machine), size, watcher)
+        work = work_of(outlined, recipe.but(**machine))
+        units = units_of(outlined, work, grids, watcher)
+    seconds = seconds_of(work, units, size)
+    seconds[READING] += opening  # as the run does
+    device_memory, ram, on_disk = memory_of(outlined, work, units)
     fates = Counter(fate.fate for fate in audit(outlined.source, outlined.every, outlined.kept))
     run_folder = int(weights + stored / 8 - weights * recipe.grid.bits / 8) + on_disk
     place = Path(out or ".").absolute()
@@ -124,7 +116,7 @@ def plan(
         loaders=outlined.format.loaders(set(grids.values()), unfusable(grids, outlined.model.linear)),
         splits={count: _split(outlined, grids, count) for count in SPLITS},
         unmet=_unmet(recipe, machine["device"], size + run_folder, device_memory, ram, place),
-        notes=notes,
+        notes=_notes(recipe),
     )
 
 
@@ -142,98 +134,16 @@ def _sizes(outlined: Outline, recipe: Recipe, grids: Mapping[str, Grid]) -> tupl
     return size, stored, weights, parameters
 
 
-def _measured(
-    outlined: Outline, recipe: Recipe, size: int, watcher: Watcher
-) -> tuple[dict[str, float], int | None, int, int, list[str]]:
-    """Seconds of each part, bytes of GPU, of RAM and of disk beside finished windows at most, and what is left out."""
-    source, device = outlined.source, torch.device(recipe.device)
-    seconds = {"reading and checking the model": _bytes_checked(outlined) / READING, FIRST: 0.0}
-    learns, depth = QUANTIZERS[recipe.method].learns, len(outlined.skeleton)
-    rows, held = recipe.most_rows, recipe.held_out_rows
-    all_rows, of_writing, counted, notes = rows + held, 0, 1.0, list[str]()
-    if recipe.polish:  # whose rows may be more
-        all_rows = max(all_rows, (recipe.polish_rows or 0) + held)
-    if not learns:
-        all_rows = all_rows if recipe.start in INFORMED or recipe.polish else 0
-        recipe = recipe.but(objective="mse", steps=0, steps_last=0)
-    steps = plan_steps(recipe, depth, "plan")
-    fits, refits = ([step for step in steps if step.refit == refit] for refit in (False, True))
-    largest = max(fits, key=lambda step: (len(step.blocks), step.batch))
-    at_once = outlined.skeleton.rows_at_once(recipe.batch, recipe.row_tokens)
-    with only_new_collected(), watcher.stage("Trying a few steps", 4) as stage:
-        if all_rows and split_spec(recipe.calibration)[0] == "self":
-            tokens = (all_rows + 2) * recipe.row_tokens
-            answers = math.ceil(tokens / ANSWER_TOKENS)
-            together = min(ANSWER_BATCH, answers)
-            text = of_text(source, recipe, together, outlined.skeleton)
-            seconds["writing calibration text"] = text.token * tokens + text.prompts * answers / together
-            seconds[FIRST] += text.first
-            of_writing, counted = text.peak, text.counted
-        stage.advance()
-        forward = of_forward(source, recipe, max(1, min(all_rows, at_once)))
-        stage.advance()
-        usual = of_window(source, recipe, largest, outlined.kept, min(all_rows, at_once))
-        stage.advance()
-        reading = min(all_rows, at_once), counted
-        last = of_window(source, recipe, refits[0], outlined.kept, *reading) if refits else None
-        stage.advance()
-    gc.collect()
-    seconds[FIRST] += usual.first + (last.first if last else 0.0)
-    if last and device.type in TRIED_ON:
-        seconds[FIRST] += last.opening + 2 * last.step
-    if not seconds[FIRST]:
-        del seconds[FIRST]
-
-    def of_steps(some: list[Step], one: OfWindow, like: Step) -> float:
-        total = 0.0
-        for step in some:
-            share = len(step.blocks) * step.batch / (len(like.blocks) * like.batch)
-            asked = (recipe.checks + 1) * (held if step.steps else 0) * one.held_out_row
-            total += one.opening * len(step.blocks) / len(like.blocks) + step.steps * one.step * share + asked
-        return total
-
-    fitting = of_steps(fits, usual, largest) + 2 * depth * all_rows * forward
-    seconds["fitting blocks" if all_rows else "rounding blocks"] = fitting
-    of_fits = usual.peak
-    if last:
-        seconds["fitting the final blocks by " + recipe.objective] = (
-            of_steps(refits, last, refits[0]) + 2 * held * last.held_out_row
-        )
-        of_fits = max(of_fits, last.peak)
-    if recipe.polish:
-        batch = recipe.polish_batch or recipe.batch
-        block = usual.step / (len(largest.blocks) * largest.batch)
-        head = max(0.0, last.step / refits[0].batch - len(refits[0].blocks) * block) if last else 0.0
-        seconds["polishing"] = recipe.polish_steps * batch * (depth * block + head) + depth * forward * (
-            all_rows + 2 * held * (recipe.checks + 1)
-        )
-        notes.append("memory of the polish is that of its blocks one by one; it takes more where there is room")
-    seconds["writing and reading back"] = 2 * size / WRITING
-    notes += ["the time of --target-bits is not in it"] if recipe.target_bits is not None else []
-    notes += ["the time of rewrites is not in it"] if recipe.rewrites else []
-    notes += ["the stages of a block are taken for one fit: it takes longer"] if recipe.block_stages else []
-    writes_on = recipe.fresh_last or (recipe.polish and recipe.polish_fresh)
-    notes += ["the time of text that is written while blocks are learned is not in it"] if writes_on else []
-    of_streams = bytes_of_streams(recipe, outlined.skeleton, all_rows)
-    where = choose_place(recipe.streams, of_streams, device).value
-    there = dict.fromkeys(("device", "cpu", "disk"), 0) | {where: of_streams}
-    tried = [(largest, usual), *([(refits[0], last)] if last else [])]
-    long = [one for step, one in tried if step.steps * one.step > SECONDS]
-    on_disk = there["disk"] + STATE * max((one.learned for one in long), default=0)
-    of_fits += of_writing if writes_on else 0  # the whole model is there beside them
-    peak = max(of_writing, of_fits + there["device"])
-    if device.type == "cuda":
-        return seconds, peak, psutil.Process().memory_info().rss + there["cpu"], on_disk, notes
-    return seconds, None, max(of_writing, of_fits + there["device"] + there["cpu"]), on_disk, notes
-
-
-def _bytes_checked(outlined: Outline) -> int:
-    """What checking a model reads: every weight once, and twice what the proof of its replay needs."""
-    source, skeleton = outlined.source, outlined.skeleton
-    sizes = {name: torch.Size(source.shape(name)).numel() * source.dtype.itemsize for name in source.names()}
-    blocks = sum(size for name, size in sizes.items() if name.startswith(skeleton.blocks_name + "."))
-    proved = blocks * min(PROOF_BLOCKS, len(skeleton)) // len(skeleton)
-    return source.size_bytes + 2 * (sum(sizes.values()) - blocks + proved)
+def _notes(recipe: Recipe) -> list[str]:
+    """What the figures leave out."""
+    said = {
+        "memory of the polish is that of its blocks one by one; it takes more where there is room": recipe.polish,
+        "the time of --target-bits is not in it": recipe.target_bits is not None,
+        "the time of rewrites is not in it": bool(recipe.rewrites),
+        "the stages of a block are taken for one fit: it takes longer": bool(recipe.block_stages),
+        "the time of text that is written while blocks are learned is not in it": writes_on(recipe),
+    }
+    return [note for note, holds in said.items() if holds]
 
 
 def _split(outlined: Outline, grids: Mapping[str, Grid], count: int) -> str | None:

@@ -1,13 +1,14 @@
-"""What the parts of a run take, measured on made-up weights of the model's own shapes: nothing of its files is read.
+"""What the parts of a run take, measured on made-up weights of the model's own shapes: of its own one block is read.
 
 Everything runs through the code of the run itself, a few steps of it. Times are of one unit each (a step, a row through
-a block, a written token); how many there are is planning.py's to say.
+a block, a written token, a parameter that is read); how many there are is planning.py's to say.
 """
 
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -26,14 +27,17 @@ from logitwise.calibration.prompts import shipped_prompts
 from logitwise.calibration.rows import Document
 from logitwise.descent import Schedule
 from logitwise.fit import Data, Window, fit, measure, weights_of
+from logitwise.formats import Format
+from logitwise.grid import Grid
 from logitwise.objectives import OBJECTIVES
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Recipe
 from logitwise.skeleton import Skeleton, Slot, load_whole
-from logitwise.source import Source
+from logitwise.source import Source, check_weights
 from logitwise.stages import widest_end
 from logitwise.watch import Stage
 from logitwise.windows import Step, final_blocks
+from logitwise.writing import digest_of
 
 WRITTEN = (16, 48)
 """Tokens of each answer that is written, to see what a token takes and what the prompts do."""
@@ -96,6 +100,19 @@ class MadeUp(Source):
 
 
 @dataclass(frozen=True)
+class OfReading:
+    """What reading the model takes, in seconds a parameter.
+
+    Args:
+        checked: at first, from wherever it is, and looking at it.
+        again: once more, when the files may be in memory, but are decoded as before.
+    """
+
+    checked: float
+    again: float
+
+
+@dataclass(frozen=True)
 class OfWindow:
     """What fitting a window takes.
 
@@ -143,10 +160,13 @@ class _Trial:
         recipe, step: how it is fitted.
         rows: rows of text at most, and at least those of a step.
         counted: share of their positions that count.
+        compiled: as of any window.
     """
 
-    def __init__(self, skeleton: Skeleton, recipe: Recipe, step: Step, rows: int, counted: float = 1.0) -> None:
-        self.skeleton, self.recipe, self.step = skeleton, recipe, step
+    def __init__(
+        self, skeleton: Skeleton, recipe: Recipe, step: Step, rows: int, counted: float = 1.0, compiled: bool = False
+    ) -> None:
+        self.skeleton, self.recipe, self.step, self.compiled = skeleton, recipe, step, compiled
         ids, self.calls = _ids(skeleton, max(step.batch, rows), recipe.row_tokens), skeleton.calls(recipe.row_tokens)
         student = skeleton.embed(ids, batch=step.batch)
         weights = torch.ones(ids.shape, device=skeleton.device)
@@ -159,7 +179,7 @@ class _Trial:
     def open(self, kept: Callable[[Slot], bool]) -> None:
         """Puts the window's weights and quantizers in place."""
         recipe, step = self.recipe, self.step
-        self.window = Window(self.skeleton, step.blocks, self.calls, kept)
+        self.window = Window(self.skeleton, step.blocks, self.calls, kept, self.compiled)
         start = STARTS["minmax"] if recipe.start in INFORMED else STARTS[recipe.start]
         others = {}
         if recipe.start in INFORMED:
@@ -189,14 +209,49 @@ class _Trial:
         measure(self.window, weights, self.objective, self.head, self.data, self.step.batch)
 
 
+def of_reading(source: Source, skeleton: Skeleton) -> OfReading:
+    """What reading takes, of the first block.
+
+    Errors: SourceError where the block holds NaN or infinity.
+    """
+    names = [f"{skeleton.blocks_name}.0.{key}" for key, _ in skeleton.blocks[0].named_parameters()]
+    count, cpu = sum(torch.Size(source.shape(name)).numel() for name in names), torch.device("cpu")
+    checked = _seconds(cpu, lambda: check_weights(source, only=names))
+    again = _least(cpu, lambda: deque(map(source.read, names), maxlen=0))
+    return OfReading(checked / count, again / count)
+
+
+def of_storing(
+    source: Source, recipe: Recipe, form: Format, grids: Mapping[str, Grid], kept: Callable[[Slot], bool]
+) -> float:
+    """Seconds a weight of laying it out as a format does and of comparing it when it is read back, without the disk."""
+    window = Window(_skeleton(source, recipe.but(device="cpu")), range(1), [], kept)
+    quantizers = window.quantizers(QUANTIZERS["rtn"], grids.__getitem__, STARTS["minmax"])
+    codes = {slot.module: quantizer.freeze() for slot, quantizer in quantizers.items()}
+
+    def store() -> None:
+        for module, quantized in codes.items():
+            digest_of(quantized, form)
+            form.tensors(module, quantized)
+
+    weights = sum(quantized.codes.numel() for quantized in codes.values())
+    return 2 * _least(torch.device("cpu"), store) / max(1, weights)  # reading it back is as much again
+
+
 def of_window(
-    source: Source, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], rows: int, counted: float = 1.0
+    source: Source,
+    recipe: Recipe,
+    step: Step,
+    kept: Callable[[Slot], bool],
+    rows: int,
+    counted: float = 1.0,
+    compiled: bool = False,
 ) -> OfWindow:
     """What one window takes; on `rows` rows at most, and at least a step's, of whose positions a share counts."""
     skeleton = _skeleton(source, recipe)
     device = skeleton.device
     with _peak(device) as peak:
-        trial = _Trial(skeleton, recipe, step, rows, counted)
+        trial = _Trial(skeleton, recipe, step, rows, counted, compiled)
         first = opening = _seconds(device, lambda: trial.open(kept))
 
         def again() -> None:
@@ -223,13 +278,15 @@ def of_window(
     return OfWindow(first, opening, each, asked / trial.held_out, peak() + best, learned)
 
 
-def try_memory(skeleton: Skeleton, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], streams: int) -> None:
+def try_memory(
+    skeleton: Skeleton, recipe: Recipe, step: Step, kept: Callable[[Slot], bool], streams: int, compiled: bool
+) -> None:
     """Takes two steps of a window beside so many bytes of streams, so that memory that is not enough shows now.
 
     Errors: torch.OutOfMemoryError.
     """
     held = torch.empty(streams, dtype=torch.uint8, device=skeleton.device)
-    trial = _Trial(skeleton, recipe, step, step.batch)
+    trial = _Trial(skeleton, recipe, step, step.batch, compiled=compiled)
     trial.open(kept)
     trial.learn_and_choose(2)
     del held, trial

@@ -134,7 +134,7 @@ def write_tensors(
             for name, content in contents:
                 stored = content if isinstance(content, Quantized) else form.kept(content)
                 if verify:
-                    digests[name] = _digest(stored, form)
+                    digests[name] = digest_of(stored, form)
                 if isinstance(stored, Quantized):
                     bits += form.bits_stored(stored.grid, *stored.codes.shape)
                     yield from form.tensors(name.removesuffix(".weight"), stored).items()
@@ -157,7 +157,7 @@ def write_changed(
         size = source.write_changed(staging, changed)
         stage.advance()
     bits = sum(source.bits_stored(name) or 0 for name in changed)
-    digests = {name: _digest(content, source.format) for name, content in changed.items()} if verify else {}
+    digests = {name: digest_of(content, source.format) for name, content in changed.items()} if verify else {}
     return Written(size, bits, digests)
 
 
@@ -170,7 +170,7 @@ def read_back(staging: Path, form: Format, written: Written, watcher: Watcher) -
     with watcher.stage("Reading it back", len(written.digests)) as stage:
         for name, digest in written.digests.items():
             quantized = source.quantized(name) if isinstance(source, QuantizedSource) else None
-            if _digest(source.read(name) if quantized is None else quantized, form) != digest:
+            if digest_of(source.read(name) if quantized is None else quantized, form) != digest:
                 raise MachineError(
                     f"{name} is not read back as it was written",
                     "the disk or memory changed it, or the format has a fault",
@@ -179,7 +179,7 @@ def read_back(staging: Path, form: Format, written: Written, watcher: Watcher) -
             stage.advance()
 
 
-def _digest(content: Tensor | Quantized, form: Format) -> str:
+def digest_of(content: Tensor | Quantized, form: Format) -> str:
     """A hash of what a tensor, or a weight's codes, scales and zero points, hold; or of the weight they stand for."""
     if isinstance(content, Quantized):
         parts = content.parts() if form.keeps_codes else [content.dequantize()]

@@ -1,4 +1,4 @@
-"""Plans: sizes as they come to be, nothing read of the weights, and what does not fit or cannot be shared is said."""
+"""Plans: sizes as they come to be, one block read of the weights, and what does not fit or cannot be shared is said."""
 
 import time
 from pathlib import Path
@@ -14,12 +14,15 @@ from test_pipeline import TINY, folder, recipe, text  # noqa: F401
 from typer.testing import CliRunner
 
 import logitwise
-from logitwise import planning, probe
+from logitwise import costs, planning, probe
 from logitwise.cli import app
-from logitwise.errors import RecipeError
+from logitwise.errors import InputError, RecipeError
+from logitwise.formats import FORMATS
 from logitwise.planning import Plan
-from logitwise.probe import MadeUp, OfText, OfWindow
+from logitwise.preflight import outline
+from logitwise.probe import MadeUp, OfReading, OfText, OfWindow
 from logitwise.report.figures import show_plan
+from logitwise.skeleton import Skeleton
 from logitwise.source import open_source
 from logitwise.windows import plan_steps
 
@@ -48,14 +51,16 @@ def test_sizes_are_those_of_the_checkpoint(tmp_path: Path, changes: dict[str, ob
     assert planned.unmet == []
 
 
-def test_no_weight_is_read_and_every_part_has_a_time(folder: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_one_block_is_read_and_every_part_has_a_time(text: Path, tmp_path: Path) -> None:  # noqa: F811
     shapes = tmp_path / "shapes"
     config = llama_config(hidden_size=48, head_dim=16, intermediate_size=64, max_position_embeddings=256)
     save(random_model(config), shapes)
     file = shapes / "model.safetensors"
-    save_file({name: torch.full_like(x, torch.nan) for name, x in load_file(file).items()}, file, {"format": "pt"})
+    tensors = load_file(file)
+    tensors |= {name: torch.full_like(x, torch.nan) for name, x in tensors.items() if ".layers.0." not in name}
+    save_file(tensors, file, {"format": "pt"})
     planned = logitwise.plan(shapes, recipe(text))  # a run would refuse these weights
-    assert [part for part in planned.seconds if part != planning.FIRST] == PARTS
+    assert [part for part in planned.seconds if part != costs.FIRST] == PARTS
     assert all(seconds > 0 for seconds in planned.seconds.values())
     polished = logitwise.plan(shapes, recipe(text, polish=True, calibration="self"))
     assert {"polishing", "writing calibration text"} <= polished.seconds.keys()
@@ -66,8 +71,9 @@ def test_engines_that_fuse_layers_on_two_grids_are_not_said_to_serve_them(
     text: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    measured: tuple[dict[str, float], None, int, int, list[str]] = ({}, None, 0, 0, [])
-    monkeypatch.setattr(planning, "_measured", lambda *given: measured)
+    monkeypatch.setattr(planning, "units_of", lambda *given: None)
+    monkeypatch.setattr(planning, "seconds_of", lambda *given: {costs.READING: 0.0})
+    monkeypatch.setattr(planning, "memory_of", lambda *given: (None, 0, 0))
     planned = logitwise.plan(folder, recipe(text, bits=4, keep=("layers.0.*.q_proj",)))
     why = "vLLM fuses q_proj, k_proj, v_proj of model.layers.0.self_attn, which do not lie on one grid"
     assert set(planned.splits.values()) == {why}
@@ -83,27 +89,90 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two blocks, 24 rows and 8 held out, 6 steps of 4 rows, held-out rows asked 3 times."""
-    monkeypatch.setattr(
-        planning, "of_text", lambda *given: OfText(first=1.0, prompts=3e7, token=1e3, counted=0.9, peak=5)
-    )
-    monkeypatch.setattr(planning, "of_forward", lambda *given: 1.0)
+    monkeypatch.setattr(costs, "of_text", lambda *given: OfText(first=1.0, prompts=3e7, token=1e3, counted=0.9, peak=5))
+    monkeypatch.setattr(costs, "of_forward", lambda *given: 1.0)
+    monkeypatch.setattr(costs, "of_reading", lambda *given: OfReading(checked=3e-3, again=2e-3))
+    monkeypatch.setattr(costs, "of_storing", lambda *given: 5e-2)
+    counts = {name: torch.Size(open_source(folder).shape(name)).numel() for name in open_source(folder).names()}
+    block = sum(count for name, count in counts.items() if ".layers.0." in name)
+    outside = sum(counts.values()) - 2 * block
+    weights = sum(count for name, count in counts.items() if "_proj" in name)
+    read_block, read_outside, kept = 2e-3 * block, 2e-3 * outside, weights / 2 / costs.WRITING
     of_last = OfWindow(first=2.0, opening=3e3, step=5e5, held_out_row=7e6, peak=9, learned=30)
     of_others = OfWindow(first=4.0, opening=1e2, step=1e4, held_out_row=1e6, peak=7, learned=20)
-    monkeypatch.setattr(planning, "of_window", lambda *given: of_last if given[2].refit else of_others)
+    monkeypatch.setattr(costs, "of_window", lambda *given: of_last if given[2].refit else of_others)
+    monkeypatch.setattr(planning.time, "monotonic", lambda: 0.0)
     asked = recipe(text, calibration="self", polish=True, polish_steps=5, polish_batch=2)
     planned, short = logitwise.plan(folder, asked), logitwise.plan(folder, asked.but(steps=0, steps_last=0))
     assert planned.run_folder == short.run_folder + 30 * 32  # the state of the longest fit, and of its next check
     seconds = planned.seconds
-    assert seconds[planning.FIRST] == 1 + 2 + 4
-    assert seconds["writing calibration text"] == 1e3 * (24 + 8 + 2) * 24 + 3e7
-    assert seconds["fitting blocks"] == 2 * (1e2 + 6 * 1e4 + 3 * 8 * 1e6) + 2 * 2 * 32 * 1.0
-    assert seconds["fitting the final blocks by lfq"] == 3e3 + 6 * 5e5 + 3 * 8 * 7e6 + 2 * 8 * 7e6
-    monkeypatch.setattr(planning, "TRIED_ON", ("cpu",))
+    assert seconds[costs.FIRST] == 1 + 2 + 4
+    reading = 3e-3 * sum(counts.values()) + 2 * (read_outside + 2 * read_block)
+    fit = 1e2 + 6 * 1e4 + 3 * 8 * 1e6 + read_block + kept
+    refit = 3e3 + 6 * 5e5 + 3 * 8 * 7e6 + read_block + kept
+    assert seconds[costs.READING] == pytest.approx(reading, rel=1e-12)
+    text_and_model = 1e3 * (24 + 8 + 2) * 24 + 3e7 + read_outside + 2 * read_block
+    assert seconds["writing calibration text"] == pytest.approx(text_and_model, rel=1e-12)
+    assert seconds["fitting blocks"] == pytest.approx(2 * fit + 2 * 2 * 32 * 1.0 + 3 * read_outside, rel=1e-12)
+    assert seconds["fitting the final blocks by lfq"] == pytest.approx(refit + 2 * 8 * 7e6, rel=1e-12)
+    stored = 2 * planned.size / costs.WRITING + 5e-2 * weights + read_outside
+    assert seconds["writing and reading back"] == pytest.approx(stored, rel=1e-12)
+    monkeypatch.setattr(costs, "TRIED_ON", ("cpu",))
     tried = logitwise.plan(folder, asked).seconds
-    assert tried.pop(planning.FIRST) == seconds[planning.FIRST] + 3e3 + 2 * 5e5
-    assert tried == {part: taken for part, taken in seconds.items() if part != planning.FIRST}
-    block, head = 1e4 / 4, 5e5 / 4 - 1e4 / 4
-    assert seconds["polishing"] == pytest.approx(5 * 2 * (2 * block + head) + 2 * (32 + 2 * 8 * 3))
+    assert tried.pop(costs.FIRST) == pytest.approx(7 + 3e3 + 2 * 5e5 + 3 * read_outside, rel=1e-12)
+    assert tried == {part: taken for part, taken in seconds.items() if part != costs.FIRST}
+    step, head = 1e4 / 4, 5e5 / 4 - 1e4 / 4
+    polish = 5 * 2 * (2 * step + head) + 2 * (32 + 2 * 8 * 3) + 2 * read_block
+    assert seconds["polishing"] == pytest.approx(polish, rel=1e-12)
+
+
+def test_a_fit_of_fewer_steps_than_checks_asks_at_each_step(folder: Path, text: Path) -> None:  # noqa: F811
+    asked = recipe(text, device="cpu", compute_dtype="float32", objective="mse", steps=2, checks=10)
+    work = costs.work_of(outline(folder, asked, False, None), asked)
+    usual = OfWindow(first=0.0, opening=0.0, step=0.0, held_out_row=1e6, peak=0, learned=0)
+    units = costs.Units(OfReading(0.0, 0.0), 0.0, None, 0.0, usual, None)
+    kept = work.weights / costs.WRITING
+    assert costs.seconds_of(work, units, 0)["fitting blocks"] == pytest.approx(2 * 3 * 8 * 1e6 + kept, rel=1e-12)
+
+
+def test_how_fast_a_model_is_read_is_seen_on_its_first_block(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, names = open_source(folder), list[str]()
+    skeleton, read = Skeleton(source, torch.device("cpu"), torch.float32), source.read
+
+    def slow(name: str) -> torch.Tensor:
+        names.append(name)
+        time.sleep(0.01)
+        return read(name)
+
+    monkeypatch.setattr(source, "read", slow)
+    found = probe.of_reading(source, skeleton)
+    block = [name for name in source.names() if ".layers.0." in name]
+    assert set(names) == set(block)
+    count = sum(torch.Size(source.shape(name)).numel() for name in block)
+    least = 0.01 * len(block) / count
+    assert least < found.again < 3 * least
+    assert least < found.checked < 10 * least
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_storing_takes_is_seen_on_the_first_block(form: str, tmp_path: Path) -> None:
+    model = save(random_model(llama_config(**WIDE)), tmp_path / "wide")
+    ways: list[dict[str, object]] = [{"bits": 4, "symmetric": symmetric} for symmetric in (None, True, False)]
+    ways += [{"bits": 4, "symmetric": True, "group_size": 32}, {"bits": 8, "symmetric": True, "group_size": 32}]
+    for way in ways:
+        machine = {"device": "cpu", "compute_dtype": "float32"}
+        asked = logitwise.Recipe.load(None, **{"group_size": 64, **machine, **way, **RTN, "format": form})
+        try:
+            outlined = outline(model, asked, False, None)
+        except InputError:  # the format does not hold this grid
+            continue
+        grids = {slot.module: asked.grid_of(slot.module) for slot in outlined.slots}
+        assert 0 < probe.of_storing(outlined.source, asked, outlined.format, grids, outlined.kept) < 1e-4
+        return
+    pytest.fail(f"no grid of {form} was found")
 
 
 @pytest.mark.parametrize("waited", [[0.9], [0.9, 0.6]])

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -11,12 +11,15 @@ from logitwise.errors import SourceError
 from logitwise.source.base import Source
 
 
-def check_weights(source: Source, progress: Callable[[int, int], None] | None = None) -> str:
+def check_weights(
+    source: Source, progress: Callable[[int, int], None] | None = None, only: Iterable[str] | None = None
+) -> str:
     """One pass over every tensor; returns the fingerprint of the model.
 
     Args:
         source: the model.
         progress: called with (tensors done, tensors in all) after each.
+        only: names of some of its tensors; all by default.
 
     Returns:
         SHA-256 over the name, shape, type and bytes of every tensor, as hex digits.
@@ -24,8 +27,8 @@ def check_weights(source: Source, progress: Callable[[int, int], None] | None = 
     Errors: SourceError, naming the tensor, where one holds NaN or infinity.
     """
     digest = hashlib.sha256()
-    names = source.names()
-    for done, name in enumerate(sorted(names), start=1):
+    names = sorted(source.names() if only is None else only)
+    for done, name in enumerate(names, start=1):
         tensor = source.read(name)
         if tensor.is_complex() or tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
             why = f"it is stored as {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,216 @@
+"""Time and memory of a run: what probe.py measures of one unit of each kind, times how many units the run has."""
+
+import gc
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from logitwise.activations import choose_place
+from logitwise.calibration import ANSWER_BATCH, ANSWER_TOKENS
+from logitwise.calibration import split as split_spec
+from logitwise.grid import Grid
+from logitwise.memory import only_new_collected
+from logitwise.preflight import Outline
+from logitwise.probe import (
+    TRIED_ON,
+    OfReading,
+    OfText,
+    OfWindow,
+    bytes_of_streams,
+    of_forward,
+    of_reading,
+    of_storing,
+    of_text,
+    of_window,
+)
+from logitwise.quantizers import INFORMED, QUANTIZERS
+from logitwise.recipe import Recipe
+from logitwise.skeleton import PROOF_BLOCKS
+from logitwise.stream import compiles
+from logitwise.unfinished import SECONDS
+from logitwise.watch import Watcher
+from logitwise.windows import Step, plan_steps
+
+WRITING = 2**28
+"""Bytes a second at which a disk is taken to be written to, and what is there to be read back: the only figure that is
+not measured."""
+OUTSIDE = 3
+"""How often the walk reads what is outside the blocks: how they are called, the embedding, the head."""
+STATE = 2 * 4 * 4
+"""Bytes of disk for each number of a long fit: itself, its best iterate, two of Adam; as many while newer ones come."""
+READING = "reading and checking the model"
+FIRST = "first steps, loading kernels"
+
+
+@dataclass(frozen=True)
+class Work:
+    """How many units a run has.
+
+    Args:
+        recipe: by which; without steps where its method learns nothing.
+        depth: blocks.
+        outside, block: parameters outside the blocks, and in one of them.
+        weights: those that are quantized.
+        rows: of text, those held out included; none where none is read.
+        fits, refits: the windows, and those of the final blocks by the objective.
+    """
+
+    recipe: Recipe
+    depth: int
+    outside: int
+    block: float
+    weights: int
+    rows: int
+    fits: list[Step]
+    refits: list[Step]
+
+    @property
+    def parameters(self) -> float:
+        """All of the model's."""
+        return self.outside + self.depth * self.block
+
+    @property
+    def largest(self) -> Step:
+        """The window that takes most."""
+        return max(self.fits, key=lambda step: (len(step.blocks), step.batch))
+
+    @property
+    def written(self) -> int:
+        """Tokens of text that the model writes."""
+        writes = self.rows and split_spec(self.recipe.calibration)[0] == "self"
+        return (self.rows + 2) * self.recipe.row_tokens if writes else 0
+
+
+@dataclass(frozen=True)
+class Units:
+    """What one of each kind takes, as probe.py says it.
+
+    Args:
+        reading: a parameter.
+        storing: seconds of a weight that is written and read back, without the disk.
+        text: writing text; None where none is written.
+        forward: seconds of a row through a block.
+        usual, last: the largest window, and the first of the final blocks by the objective, where there is one.
+    """
+
+    reading: OfReading
+    storing: float
+    text: OfText | None
+    forward: float
+    usual: OfWindow
+    last: OfWindow | None
+
+
+def work_of(outlined: Outline, recipe: Recipe) -> Work:
+    """The work of a run by a recipe."""
+    source, inside, depth = outlined.source, outlined.skeleton.blocks_name + ".", len(outlined.skeleton)
+    counts = {name: torch.Size(source.shape(name)).numel() for name in source.names()}
+    blocks = sum(count for name, count in counts.items() if name.startswith(inside))
+    weights = sum(slot.out_features * slot.in_features for slot in outlined.slots)
+    rows = recipe.most_rows + recipe.held_out_rows
+    if recipe.polish:  # whose rows may be more
+        rows = max(rows, (recipe.polish_rows or 0) + recipe.held_out_rows)
+    if not QUANTIZERS[recipe.method].learns:
+        rows = rows if recipe.start in INFORMED or recipe.polish else 0
+        recipe = recipe.but(objective="mse", steps=0, steps_last=0)
+    steps = plan_steps(recipe, depth, "plan")
+    fits, refits = ([step for step in steps if step.refit == refit] for refit in (False, True))
+    return Work(recipe, depth, sum(counts.values()) - blocks, blocks / depth, weights, rows, fits, refits)
+
+
+def units_of(outlined: Outline, work: Work, grids: Mapping[str, Grid], watcher: Watcher) -> Units:
+    """One unit of each kind, measured.
+
+    Errors: SourceError where the first block's weights cannot be read.
+    """
+    source, skeleton, recipe, kept = outlined.source, outlined.skeleton, work.recipe, outlined.kept
+    at_once = skeleton.rows_at_once(recipe.batch, recipe.row_tokens)
+    rows, compiled = min(work.rows, at_once), compiles(skeleton, work.fits + work.refits)
+    with only_new_collected(), watcher.stage("Trying a few steps", 5) as stage:
+        reading = of_reading(source, skeleton)
+        storing = of_storing(source, recipe, outlined.format, grids, kept)
+        stage.advance()
+        text = of_text(source, recipe, min(ANSWER_BATCH, _answers(work)), skeleton) if work.written else None
+        stage.advance()
+        forward = of_forward(source, recipe, max(1, rows))
+        stage.advance()
+        usual = of_window(source, recipe, work.largest, kept, rows, 1.0, compiled)
+        stage.advance()
+        counted = text.counted if text else 1.0
+        last = of_window(source, recipe, work.refits[0], kept, rows, counted, compiled) if work.refits else None
+        stage.advance()
+    gc.collect()
+    return Units(reading, storing, text, forward, usual, last)
+
+
+def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
+    """Seconds of each part of a run whose checkpoint has so many bytes."""
+    recipe, depth, usual, last = work.recipe, work.depth, units.usual, units.last
+    read_outside, read_block, read_all = (
+        count * units.reading.again for count in (work.outside, work.block, work.parameters)
+    )
+    proof = 2 * (read_outside + min(PROOF_BLOCKS, depth) * read_block)
+    seconds = {READING: work.parameters * units.reading.checked + proof}
+    first = sum(one.first for one in (units.text, usual, last) if one)
+    if last and torch.device(recipe.device).type in TRIED_ON:
+        first += last.opening + 2 * last.step + OUTSIDE * read_outside
+    if first:
+        seconds[FIRST] = first
+    if text := units.text:
+        prompts = text.prompts * _answers(work) / min(ANSWER_BATCH, _answers(work))
+        seconds["writing calibration text"] = read_all + text.token * work.written + prompts
+
+    def of_steps(steps: list[Step], one: OfWindow) -> float:
+        like, total = steps[0] if steps is work.refits else work.largest, 0.0
+        for step in steps:
+            share = len(step.blocks) * step.batch / (len(like.blocks) * like.batch)
+            held = (min(recipe.checks, step.steps) + 1) * recipe.held_out_rows if step.steps else 0
+            total += one.opening * len(step.blocks) / len(like.blocks) + step.steps * one.step * share
+            total += held * one.held_out_row
+            total += len(step.blocks) * (read_block + work.weights / depth / WRITING)  # a byte a code is kept
+        return total
+
+    walk = 2 * depth * work.rows * units.forward + OUTSIDE * read_outside if work.rows else 0.0
+    seconds["fitting blocks" if work.rows else "rounding blocks"] = of_steps(work.fits, usual) + walk
+    if last:
+        verdict = 2 * recipe.held_out_rows * last.held_out_row
+        seconds["fitting the final blocks by " + recipe.objective] = of_steps(work.refits, last) + verdict
+    if recipe.polish:
+        batch = recipe.polish_batch or recipe.batch
+        block = usual.step / (len(work.largest.blocks) * work.largest.batch)
+        head = max(0.0, last.step / work.refits[0].batch - len(work.refits[0].blocks) * block) if last else 0.0
+        through = work.rows + 2 * recipe.held_out_rows * (recipe.checks + 1)
+        seconds["polishing"] = recipe.polish_steps * batch * (depth * block + head) + depth * (
+            through * units.forward + read_block
+        )
+    seconds["writing and reading back"] = 2 * size / WRITING + work.weights * units.storing + read_outside
+    return seconds
+
+
+def memory_of(outlined: Outline, work: Work, units: Units) -> tuple[int | None, int, int]:
+    """Bytes at most: of the GPU (None on a CPU), of RAM, and of disk beside finished windows."""
+    recipe, device = work.recipe, torch.device(work.recipe.device)
+    tried = [(work.largest, units.usual), *([(work.refits[0], units.last)] if units.last else [])]
+    of_streams = bytes_of_streams(recipe, outlined.skeleton, work.rows)
+    where = choose_place(recipe.streams, of_streams, device).value
+    there = dict.fromkeys(("device", "cpu", "disk"), 0) | {where: of_streams}
+    long = [one.learned for step, one in tried if step.steps * one.step > SECONDS]
+    on_disk = there["disk"] + STATE * max(long, default=0)
+    of_writing = units.text.peak if units.text else 0
+    of_fits = max(one.peak for _, one in tried) + there["device"]
+    of_fits += of_writing if writes_on(recipe) else 0  # the whole model is there beside them
+    if device.type == "cuda":
+        return max(of_writing, of_fits), psutil.Process().memory_info().rss + there["cpu"], on_disk
+    return None, max(of_writing, of_fits + there["cpu"]), on_disk
+
+
+def writes_on(recipe: Recipe) -> bool:
+    """Whether text is written while blocks are learned."""
+    return recipe.fresh_last or (recipe.polish and recipe.polish_fresh)
+
+
+def _answers(work: Work) -> int:
+    return math.ceil(work.written / ANSWER_TOKENS)
