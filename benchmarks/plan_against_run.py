@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import logitwise
 from logitwise.planning import plan
 from logitwise.recipe import Recipe, parse_settings
 from logitwise.source import open_source
+from logitwise.watch import Stage, Watcher
 
 SHARED = ("size", "ram", "device_memory", "seconds")
 QUICK = ["steps=30", "steps_last=60", "batch=4", "rows=64", "held_out=16", "row_tokens=256", "bits=3", "group_size=64"]
@@ -86,13 +89,26 @@ def happened(model: Path, recipe: Recipe) -> dict[str, Any]:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "out"
-        result = logitwise.quantize(model, out, recipe)
+        stages = Stages()
+        result = logitwise.quantize(model, out, recipe, watcher=stages)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-        of_parts = {"fits": [window["seconds"] for window in result.report["windows"]]}
-        of_parts |= {"text": result.report["calibration"].get("seconds")}
+        of_parts = {"fits": [window["seconds"] for window in result.report["windows"]], "stages": stages.took}
     memory = {"ram": peak_ram()}
     memory["device_memory"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"size": size, **memory, "seconds": time.monotonic() - began, "of_parts": of_parts}
+
+
+class Stages(Watcher):
+    """Notes what each stage of a run takes, in seconds."""
+
+    def __init__(self) -> None:
+        self.took: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, title: str, total: float) -> Iterator[Stage]:
+        began = time.monotonic()
+        yield Stage()
+        self.took[title] = round(time.monotonic() - began, 3)
 
 
 PLANNED, HAPPENED = "planned", "happened"
