@@ -135,6 +135,27 @@ def test_a_fit_of_fewer_steps_than_checks_asks_at_each_step(folder: Path, text: 
     assert costs.seconds_of(work, units, 0)["fitting blocks"] == pytest.approx(2 * 3 * 8 * 1e6 + kept, rel=1e-12)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_windows_are_tried_compiled_where_the_run_compiles(
+    compiled: bool,
+    folder: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = list[bool]()
+    true_window = probe.Window
+
+    def window(skeleton: Any, blocks: Any, calls: Any, kept: Any, compiled: bool = False) -> Any:
+        tried.append(compiled)
+        return true_window(skeleton, blocks, calls, kept)
+
+    monkeypatch.setattr(costs, "compiles", lambda skeleton, steps: compiled)
+    monkeypatch.setattr(probe, "Window", window)
+    logitwise.plan(folder, recipe(text))
+    assert tried.pop(0) is False  # where codes are stored
+    assert set(tried) == {compiled}
+
+
 def test_how_fast_a_model_is_read_is_seen_on_its_first_block(
     folder: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
