@@ -83,6 +83,16 @@ class Work:
         writes = self.rows and split_spec(self.recipe.calibration)[0] == "self"
         return (self.rows + 2) * self.recipe.row_tokens if writes else 0
 
+    @property
+    def answers(self) -> int:
+        """In how many answers they are, if each is as long as it may be."""
+        return math.ceil(self.written / ANSWER_TOKENS)
+
+    @property
+    def answers_together(self) -> int:
+        """How many of them are written at a time."""
+        return min(ANSWER_BATCH, self.answers)
+
 
 @dataclass(frozen=True)
 class Units:
@@ -133,7 +143,7 @@ def units_of(outlined: Outline, work: Work, grids: Mapping[str, Grid], watcher: 
         reading = of_reading(source, skeleton)
         storing = of_storing(source, recipe, outlined.format, grids, kept)
         stage.advance()
-        text = of_text(source, recipe, min(ANSWER_BATCH, _answers(work)), skeleton) if work.written else None
+        text = of_text(source, recipe, work.answers_together, skeleton) if work.written else None
         stage.advance()
         forward = of_forward(source, recipe, max(1, rows))
         stage.advance()
@@ -160,11 +170,11 @@ def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
     if first:
         seconds[FIRST] = first
     if text := units.text:
-        prompts = text.prompts * _answers(work) / min(ANSWER_BATCH, _answers(work))
+        prompts = text.prompts * work.answers / work.answers_together
         seconds["writing calibration text"] = read_all + text.token * work.written + prompts
 
-    def of_steps(steps: list[Step], one: OfWindow) -> float:
-        like, total = steps[0] if steps is work.refits else work.largest, 0.0
+    def of_steps(steps: list[Step], one: OfWindow, like: Step) -> float:
+        total = 0.0
         for step in steps:
             share = len(step.blocks) * step.batch / (len(like.blocks) * like.batch)
             held = (min(recipe.checks, step.steps) + 1) * recipe.held_out_rows if step.steps else 0
@@ -174,10 +184,11 @@ def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
         return total
 
     walk = 2 * depth * work.rows * units.forward + OUTSIDE * read_outside if work.rows else 0.0
-    seconds["fitting blocks" if work.rows else "rounding blocks"] = of_steps(work.fits, usual) + walk
+    seconds["fitting blocks" if work.rows else "rounding blocks"] = of_steps(work.fits, usual, work.largest) + walk
     if last:
         verdict = 2 * recipe.held_out_rows * last.held_out_row
-        seconds["fitting the final blocks by " + recipe.objective] = of_steps(work.refits, last) + verdict
+        of_refits = of_steps(work.refits, last, work.refits[0])
+        seconds["fitting the final blocks by " + recipe.objective] = of_refits + verdict
     if recipe.polish:
         batch = recipe.polish_batch or recipe.batch
         block = usual.step / (len(work.largest.blocks) * work.largest.batch)
@@ -210,7 +221,3 @@ def memory_of(outlined: Outline, work: Work, units: Units) -> tuple[int | None, 
 def writes_on(recipe: Recipe) -> bool:
     """Whether text is written while blocks are learned."""
     return recipe.fresh_last or (recipe.polish and recipe.polish_fresh)
-
-
-def _answers(work: Work) -> int:
-    return math.ceil(work.written / ANSWER_TOKENS)
