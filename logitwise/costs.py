@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,8 +38,9 @@ from logitwise.windows import Step, plan_steps
 WRITING = 2**28
 """Bytes a second at which a disk is taken to be written to, and what is there to be read back: the only figure that is
 not measured."""
-OUTSIDE = 3
-"""How often the walk reads what is outside the blocks: how they are called, the embedding, the head."""
+WALKED, PROVED = (3, 1), (5, 2)
+"""How often a walk through the blocks, and the proof of the replay, read what is around them, and how often the
+vocabulary projection: to see how blocks are called, to embed, for the head."""
 STATE = 2 * 4 * 4
 """Bytes of disk for each number of a long fit: itself, its best iterate, two of Adam; as many while newer ones come."""
 READING = "reading and checking the model"
@@ -52,30 +54,27 @@ class Work:
     Args:
         recipe: by which; without steps where its method learns nothing.
         depth: blocks.
-        outside, block: parameters outside the blocks, and in one of them.
+        parameters: all of the model's.
+        block: those of a block.
+        projection: those of the vocabulary projection, which may be the embedding's.
+        around: those outside the blocks, without a projection of its own.
         weights: those that are quantized.
         rows: of text, those held out included; none where none is read.
         fits, refits: the windows, and those of the final blocks by the objective.
+        largest: the one of `fits` that takes most.
     """
 
     recipe: Recipe
     depth: int
-    outside: int
+    parameters: int
     block: float
+    projection: int
+    around: int
     weights: int
     rows: int
     fits: list[Step]
     refits: list[Step]
-
-    @property
-    def parameters(self) -> float:
-        """All of the model's."""
-        return self.outside + self.depth * self.block
-
-    @property
-    def largest(self) -> Step:
-        """The window that takes most."""
-        return max(self.fits, key=lambda step: (len(step.blocks), step.batch))
+    largest: Step
 
     @property
     def written(self) -> int:
@@ -116,10 +115,15 @@ class Units:
 
 def work_of(outlined: Outline, recipe: Recipe) -> Work:
     """The work of a run by a recipe."""
-    source, inside, depth = outlined.source, outlined.skeleton.blocks_name + ".", len(outlined.skeleton)
+    source, skeleton = outlined.source, outlined.skeleton
+    depth, inside = len(skeleton), skeleton.blocks_name + "."
     counts = {name: torch.Size(source.shape(name)).numel() for name in source.names()}
     blocks = sum(count for name, count in counts.items() if name.startswith(inside))
-    weights = sum(slot.out_features * slot.in_features for slot in outlined.slots)
+    projection = skeleton.model.get_output_embeddings().weight.numel()
+    tied = source.config.get_text_config().tie_word_embeddings
+    weights = Counter[int]()  # of each block
+    for slot in outlined.slots:
+        weights[slot.block] += slot.out_features * slot.in_features
     rows = recipe.most_rows + recipe.held_out_rows
     if recipe.polish:  # whose rows may be more
         rows = max(rows, (recipe.polish_rows or 0) + recipe.held_out_rows)
@@ -128,7 +132,24 @@ def work_of(outlined: Outline, recipe: Recipe) -> Work:
         recipe = recipe.but(objective="mse", steps=0, steps_last=0)
     steps = plan_steps(recipe, depth, "plan")
     fits, refits = ([step for step in steps if step.refit == refit] for refit in (False, True))
-    return Work(recipe, depth, sum(counts.values()) - blocks, blocks / depth, weights, rows, fits, refits)
+
+    def size(step: Step) -> tuple[bool, int, int, int]:
+        inside = sum(weights[block] for block in step.blocks)
+        return inside > 0, len(step.blocks), step.batch, inside
+
+    return Work(
+        recipe=recipe,
+        depth=depth,
+        parameters=sum(counts.values()),
+        block=blocks / depth,
+        projection=projection,
+        around=sum(counts.values()) - blocks - (0 if tied else projection),
+        weights=weights.total(),
+        rows=rows,
+        fits=fits,
+        refits=refits,
+        largest=max(fits, key=size),
+    )
 
 
 def units_of(outlined: Outline, work: Work, grids: Mapping[str, Grid], watcher: Watcher) -> Units:
@@ -141,7 +162,7 @@ def units_of(outlined: Outline, work: Work, grids: Mapping[str, Grid], watcher: 
     rows, compiled = min(work.rows, at_once), compiles(skeleton, work.fits + work.refits)
     with only_new_collected(), watcher.stage("Trying a few steps", 5) as stage:
         reading = of_reading(source, skeleton)
-        storing = of_storing(source, recipe, outlined.format, grids, kept)
+        storing = of_storing(source, recipe, work.largest, outlined.format, grids, kept)
         stage.advance()
         text = of_text(source, recipe, work.answers_together, skeleton) if work.written else None
         stage.advance()
@@ -159,14 +180,16 @@ def units_of(outlined: Outline, work: Work, grids: Mapping[str, Grid], watcher: 
 def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
     """Seconds of each part of a run whose checkpoint has so many bytes."""
     recipe, depth, usual, last = work.recipe, work.depth, units.usual, units.last
-    read_outside, read_block, read_all = (
-        count * units.reading.again for count in (work.outside, work.block, work.parameters)
+    read_block, read_all = work.block * units.reading.again, work.parameters * units.reading.again
+    read_walked, read_proved = (
+        (around * work.around + projections * work.projection) * units.reading.again
+        for around, projections in (WALKED, PROVED)
     )
-    proof = 2 * (read_outside + min(PROOF_BLOCKS, depth) * read_block)
+    proof = read_proved + 2 * min(PROOF_BLOCKS, depth) * read_block
     seconds = {READING: work.parameters * units.reading.checked + proof}
     first = sum(one.first for one in (units.text, usual, last) if one)
     if last and torch.device(recipe.device).type in TRIED_ON:
-        first += last.opening + 2 * last.step + OUTSIDE * read_outside
+        first += last.opening + 2 * last.step + read_walked + len(work.refits[0].blocks) * read_block
     if first:
         seconds[FIRST] = first
     if text := units.text:
@@ -183,7 +206,7 @@ def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
             total += len(step.blocks) * (read_block + work.weights / depth / WRITING)  # a byte a code is kept
         return total
 
-    walk = 2 * depth * work.rows * units.forward + OUTSIDE * read_outside if work.rows else 0.0
+    walk = 2 * depth * work.rows * units.forward + read_walked if work.rows else 0.0
     seconds["fitting blocks" if work.rows else "rounding blocks"] = of_steps(work.fits, usual, work.largest) + walk
     if last:
         verdict = 2 * recipe.held_out_rows * last.held_out_row
@@ -193,11 +216,11 @@ def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
         batch = recipe.polish_batch or recipe.batch
         block = usual.step / (len(work.largest.blocks) * work.largest.batch)
         head = max(0.0, last.step / work.refits[0].batch - len(work.refits[0].blocks) * block) if last else 0.0
-        through = work.rows + 2 * recipe.held_out_rows * (recipe.checks + 1)
-        seconds["polishing"] = recipe.polish_steps * batch * (depth * block + head) + depth * (
-            through * units.forward + read_block
-        )
-    seconds["writing and reading back"] = 2 * size / WRITING + work.weights * units.storing + read_outside
+        through = work.rows + 2 * recipe.held_out_rows * (min(recipe.checks, recipe.polish_steps) + 1)
+        learning = recipe.polish_steps * batch * (depth * block + head)
+        seconds["polishing"] = learning + depth * (through * units.forward + read_block) + read_walked
+    kept = (work.parameters - work.weights) * units.reading.again
+    seconds["writing and reading back"] = 2 * size / WRITING + work.weights * units.storing + kept
     return seconds
 
 

@@ -22,6 +22,7 @@ from logitwise.memory import free_memory, total_memory
 from logitwise.preflight import Outline, outline
 from logitwise.recipe import Choice, Recipe
 from logitwise.skeleton import Slot
+from logitwise.source import check_tokenizer, open_source
 from logitwise.watch import SILENT, Watcher
 
 GIB = 2**30
@@ -86,8 +87,8 @@ def plan(
     Errors: InputError for whatever the run itself would refuse before its work.
     """
     recipe = recipe or Recipe.load()
-    began = time.monotonic()
-    outlined = outline(model, recipe, False, revision)
+    outlined, began = outline(model, recipe, False, revision), time.monotonic()
+    check_tokenizer(open_source(model, revision))  # again, as the run does, when nothing has to be fetched
     opening = time.monotonic() - began
     grid_of = recipe.grid_of if recipe.target_bits is None else lambda module: recipe.grids_of(module)[0]
     machine = {name: outlined.choices[name].value for name in ("device", "compute_dtype")}
@@ -97,7 +98,7 @@ def plan(
         work = work_of(outlined, recipe.but(**machine))
         units = units_of(outlined, work, grids, watcher)
     seconds = seconds_of(work, units, size)
-    seconds[READING] += opening  # as the run does
+    seconds[READING] += opening
     device_memory, ram, on_disk = memory_of(outlined, work, units)
     fates = Counter(fate.fate for fate in audit(outlined.source, outlined.every, outlined.kept))
     run_folder = int(weights + stored / 8 - weights * recipe.grid.bits / 8) + on_disk

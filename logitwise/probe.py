@@ -1,7 +1,7 @@
 """What the parts of a run take, measured on made-up weights of the model's own shapes: of its own one block is read.
 
 Everything runs through the code of the run itself, a few steps of it. Times are of one unit each (a step, a row through
-a block, a written token, a parameter that is read); how many there are is planning.py's to say.
+a block, a written token, a parameter that is read); how many there are is costs.py's to say.
 """
 
 import gc
@@ -222,10 +222,16 @@ def of_reading(source: Source, skeleton: Skeleton) -> OfReading:
 
 
 def of_storing(
-    source: Source, recipe: Recipe, form: Format, grids: Mapping[str, Grid], kept: Callable[[Slot], bool]
+    source: Source, recipe: Recipe, step: Step, form: Format, grids: Mapping[str, Grid], kept: Callable[[Slot], bool]
 ) -> float:
-    """Seconds a weight of laying it out as a format does and of comparing it when it is read back, without the disk."""
-    window = Window(_skeleton(source, recipe.but(device="cpu")), range(1), [], kept)
+    """Seconds a weight of laying it out as a format does and of comparing it when it is read back, without the disk.
+
+    Args:
+        step: the window whose first block is laid out that is not kept whole.
+    """
+    skeleton = _skeleton(source, recipe.but(device="cpu"))
+    block = next(block for block in step.blocks if not all(map(kept, skeleton.slots(block))))
+    window = Window(skeleton, range(block, block + 1), [], kept)
     quantizers = window.quantizers(QUANTIZERS["rtn"], grids.__getitem__, STARTS["minmax"])
     codes = {slot.module: quantizer.freeze() for slot, quantizer in quantizers.items()}
 
@@ -235,7 +241,7 @@ def of_storing(
             form.tensors(module, quantized)
 
     weights = sum(quantized.codes.numel() for quantized in codes.values())
-    return 2 * _least(torch.device("cpu"), store) / max(1, weights)  # reading it back is as much again
+    return 2 * _least(torch.device("cpu"), store) / weights  # reading it back is as much again
 
 
 def of_window(

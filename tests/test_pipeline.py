@@ -759,6 +759,14 @@ def test_the_last_fit_is_tried_first_and_changes_nothing(
     plain, tried = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "tried"))
     assert all(torch.equal(plain[name], tried[name]) for name in plain)
 
+    for compiled in (False, True):
+        asked = list[bool]()
+        with monkeypatch.context() as patched:
+            patched.setattr(pipeline, "compiles", lambda skeleton, steps, compiled=compiled: compiled)
+            patched.setattr(pipeline, "try_memory", lambda *given, asked=asked: asked.append(given[-1]))
+            logitwise.quantize(folder, tmp_path / f"compiled {compiled}", recipe(text))
+        assert asked == [compiled]
+
     def starved(*given: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 import logitwise
 from logitwise import costs, planning, probe
 from logitwise.cli import app
-from logitwise.errors import InputError, RecipeError
+from logitwise.errors import RecipeError
 from logitwise.formats import FORMATS
+from logitwise.grid import Quantized
 from logitwise.planning import Plan
 from logitwise.preflight import outline
 from logitwise.probe import MadeUp, OfReading, OfText, OfWindow
@@ -95,9 +96,11 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     monkeypatch.setattr(costs, "of_storing", lambda *given: 5e-2)
     counts = {name: torch.Size(open_source(folder).shape(name)).numel() for name in open_source(folder).names()}
     block = sum(count for name, count in counts.items() if ".layers.0." in name)
-    outside = sum(counts.values()) - 2 * block
+    projection = counts["lm_head.weight"]
+    around = sum(counts.values()) - 2 * block - projection
     weights = sum(count for name, count in counts.items() if "_proj" in name)
-    read_block, read_outside, kept = 2e-3 * block, 2e-3 * outside, weights / 2 / costs.WRITING
+    read_block, read_walked = 2e-3 * block, 2e-3 * (3 * around + projection)
+    read_all, kept = 2e-3 * sum(counts.values()), weights / 2 / costs.WRITING
     of_last = OfWindow(first=2.0, opening=3e3, step=5e5, held_out_row=7e6, peak=9, learned=30)
     of_others = OfWindow(first=4.0, opening=1e2, step=1e4, held_out_row=1e6, peak=7, learned=20)
     monkeypatch.setattr(costs, "of_window", lambda *given: of_last if given[2].refit else of_others)
@@ -107,22 +110,22 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     assert planned.run_folder == short.run_folder + 30 * 32  # the state of the longest fit, and of its next check
     seconds = planned.seconds
     assert seconds[costs.FIRST] == 1 + 2 + 4
-    reading = 3e-3 * sum(counts.values()) + 2 * (read_outside + 2 * read_block)
+    reading = 3e-3 * sum(counts.values()) + 2e-3 * (5 * around + 2 * projection) + 2 * 2 * read_block
     fit = 1e2 + 6 * 1e4 + 3 * 8 * 1e6 + read_block + kept
     refit = 3e3 + 6 * 5e5 + 3 * 8 * 7e6 + read_block + kept
     assert seconds[costs.READING] == pytest.approx(reading, rel=1e-12)
-    text_and_model = 1e3 * (24 + 8 + 2) * 24 + 3e7 + read_outside + 2 * read_block
+    text_and_model = 1e3 * (24 + 8 + 2) * 24 + 3e7 + read_all
     assert seconds["writing calibration text"] == pytest.approx(text_and_model, rel=1e-12)
-    assert seconds["fitting blocks"] == pytest.approx(2 * fit + 2 * 2 * 32 * 1.0 + 3 * read_outside, rel=1e-12)
+    assert seconds["fitting blocks"] == pytest.approx(2 * fit + 2 * 2 * 32 * 1.0 + read_walked, rel=1e-12)
     assert seconds["fitting the final blocks by lfq"] == pytest.approx(refit + 2 * 8 * 7e6, rel=1e-12)
-    stored = 2 * planned.size / costs.WRITING + 5e-2 * weights + read_outside
+    stored = 2 * planned.size / costs.WRITING + 5e-2 * weights + read_all - 2e-3 * weights
     assert seconds["writing and reading back"] == pytest.approx(stored, rel=1e-12)
     monkeypatch.setattr(costs, "TRIED_ON", ("cpu",))
     tried = logitwise.plan(folder, asked).seconds
-    assert tried.pop(costs.FIRST) == pytest.approx(7 + 3e3 + 2 * 5e5 + 3 * read_outside, rel=1e-12)
+    assert tried.pop(costs.FIRST) == pytest.approx(7 + 3e3 + 2 * 5e5 + read_walked + read_block, rel=1e-12)
     assert tried == {part: taken for part, taken in seconds.items() if part != costs.FIRST}
     step, head = 1e4 / 4, 5e5 / 4 - 1e4 / 4
-    polish = 5 * 2 * (2 * step + head) + 2 * (32 + 2 * 8 * 3) + 2 * read_block
+    polish = 5 * 2 * (2 * step + head) + 2 * (32 + 2 * 8 * 3) + 2 * read_block + read_walked
     assert seconds["polishing"] == pytest.approx(polish, rel=1e-12)
 
 
@@ -156,6 +159,22 @@ def test_windows_are_tried_compiled_where_the_run_compiles(
     assert set(tried) == {compiled}
 
 
+def test_a_tied_projection_is_the_embedding_and_what_is_around_the_blocks_has_it(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, device="cpu", compute_dtype="float32", **RTN)
+    own, tied = (
+        costs.work_of(
+            outline(
+                save(random_model(llama_config(tie_word_embeddings=tied)), tmp_path / str(tied)), asked, False, None
+            ),
+            asked,
+        )
+        for tied in (False, True)
+    )
+    assert own.projection == tied.projection
+    assert own.around == tied.around > tied.projection
+    assert own.parameters - tied.parameters == own.projection
+
+
 def test_how_fast_a_model_is_read_is_seen_on_its_first_block(
     folder: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -179,21 +198,28 @@ def test_how_fast_a_model_is_read_is_seen_on_its_first_block(
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_what_storing_takes_is_seen_on_the_first_block(form: str, tmp_path: Path) -> None:
-    model = save(random_model(llama_config(**WIDE)), tmp_path / "wide")
-    ways: list[dict[str, object]] = [{"bits": 4, "symmetric": symmetric} for symmetric in (None, True, False)]
-    ways += [{"bits": 4, "symmetric": True, "group_size": 32}, {"bits": 8, "symmetric": True, "group_size": 32}]
-    for way in ways:
-        machine = {"device": "cpu", "compute_dtype": "float32"}
-        asked = logitwise.Recipe.load(None, **{"group_size": 64, **machine, **way, **RTN, "format": form})
-        try:
-            outlined = outline(model, asked, False, None)
-        except InputError:  # the format does not hold this grid
-            continue
-        grids = {slot.module: asked.grid_of(slot.module) for slot in outlined.slots}
-        assert 0 < probe.of_storing(outlined.source, asked, outlined.format, grids, outlined.kept) < 1e-4
-        return
-    pytest.fail(f"no grid of {form} was found")
+def test_what_storing_takes_is_seen_on_the_first_block_that_is_quantized(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, lay_out = save(random_model(llama_config(**WIDE)), tmp_path / "wide"), FORMATS[form].tensors
+
+    def slow(prefix: str, quantized: Quantized) -> dict[str, torch.Tensor]:
+        assert ".layers.1." in prefix  # the first is kept
+        time.sleep(0.02)
+        return lay_out(prefix, quantized)
+
+    monkeypatch.setattr(FORMATS[form], "tensors", slow)
+    machine = {"device": "cpu", "compute_dtype": "float32", "bits": 4, "group_size": 32 if form == "gguf" else 64}
+    asked = logitwise.Recipe.load(
+        None, **{**machine, **RTN, "symmetric": form != "awq", "keep": ("layers.0",), "format": form}
+    )
+    outlined = outline(model, asked, False, None)
+    grids = {slot.module: asked.grid_of(slot.module) for slot in outlined.slots}
+    largest = costs.work_of(outlined, asked).largest
+    found = probe.of_storing(outlined.source, asked, largest, outlined.format, grids, outlined.kept)
+    of_block = [slot.out_features * slot.in_features for slot in outlined.slots if slot.block == 1]
+    least = 2 * 0.02 * len(of_block) / sum(of_block)
+    assert least < found < 3 * least
 
 
 @pytest.mark.parametrize("waited", [[0.9], [0.9, 0.6]])
