@@ -116,9 +116,9 @@ class Units:
 def work_of(outlined: Outline, recipe: Recipe) -> Work:
     """The work of a run by a recipe."""
     source, skeleton = outlined.source, outlined.skeleton
-    depth, inside = len(skeleton), skeleton.blocks_name + "."
+    depth = len(skeleton)
     counts = {name: torch.Size(source.shape(name)).numel() for name in source.names()}
-    blocks = sum(count for name, count in counts.items() if name.startswith(inside))
+    blocks = sum(count for name, count in counts.items() if name.startswith(skeleton.blocks_name + "."))
     projection = skeleton.model.get_output_embeddings().weight.numel()
     tied = source.config.get_text_config().tie_word_embeddings
     weights = Counter[int]()  # of each block

@@ -3,7 +3,6 @@
 Sizes are counted; times and memory are costs.py's to say.
 """
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,16 +12,16 @@ import psutil
 import torch
 
 from logitwise.audit import audit
-from logitwise.costs import READING, memory_of, seconds_of, units_of, work_of, writes_on
+from logitwise.costs import READING, Work, memory_of, seconds_of, units_of, work_of, writes_on
 from logitwise.errors import RecipeError
 from logitwise.formats import unfusable
 from logitwise.grid import Grid
 from logitwise.machine import repeatable
 from logitwise.memory import free_memory, total_memory
 from logitwise.preflight import Outline, outline
+from logitwise.probe import of_opening
 from logitwise.recipe import Choice, Recipe
 from logitwise.skeleton import Slot
-from logitwise.source import check_tokenizer, open_source
 from logitwise.watch import SILENT, Watcher
 
 GIB = 2**30
@@ -87,29 +86,27 @@ def plan(
     Errors: InputError for whatever the run itself would refuse before its work.
     """
     recipe = recipe or Recipe.load()
-    outlined, began = outline(model, recipe, False, revision), time.monotonic()
-    check_tokenizer(open_source(model, revision))  # again, as the run does, when nothing has to be fetched
-    opening = time.monotonic() - began
+    outlined = outline(model, recipe, False, revision)
     grid_of = recipe.grid_of if recipe.target_bits is None else lambda module: recipe.grids_of(module)[0]
     machine = {name: outlined.choices[name].value for name in ("device", "compute_dtype")}
     grids = {slot.module: grid_of(slot.module) for slot in outlined.slots}
-    size, stored, weights, parameters = _sizes(outlined, recipe, grids)
+    work = work_of(outlined, recipe.but(**machine))
+    size, stored = _sizes(outlined, recipe, grids, work)
     with repeatable():
-        work = work_of(outlined, recipe.but(**machine))
         units = units_of(outlined, work, grids, watcher)
     seconds = seconds_of(work, units, size)
-    seconds[READING] += opening
+    seconds[READING] += of_opening(model, revision)
     device_memory, ram, on_disk = memory_of(outlined, work, units)
     fates = Counter(fate.fate for fate in audit(outlined.source, outlined.every, outlined.kept))
-    run_folder = int(weights + stored / 8 - weights * recipe.grid.bits / 8) + on_disk
+    run_folder = int(work.weights + stored / 8 - work.weights * recipe.grid.bits / 8) + on_disk
     place = Path(out or ".").absolute()
     return Plan(
         choices=outlined.choices,
         quantized=fates["quantized"],
         kept=fates["kept"],
         size=size,
-        bits_per_weight=stored / weights,
-        bits_per_parameter=8 * size / parameters,
+        bits_per_weight=stored / work.weights,
+        bits_per_parameter=8 * size / work.parameters,
         run_folder=run_folder,
         device_memory=device_memory,
         ram=ram,
@@ -121,18 +118,14 @@ def plan(
     )
 
 
-def _sizes(outlined: Outline, recipe: Recipe, grids: Mapping[str, Grid]) -> tuple[int, int, int, int]:
-    """Bytes of the checkpoint, bits of its quantized weights, how many those are, and all parameters."""
-    source, slots = outlined.source, outlined.slots
-    weights = sum(slot.out_features * slot.in_features for slot in slots)
+def _sizes(outlined: Outline, recipe: Recipe, grids: Mapping[str, Grid], work: Work) -> tuple[int, int]:
+    """Bytes of the checkpoint, and bits of its quantized weights."""
     if recipe.target_bits is None:
-        each = (outlined.format.bits_stored(grids[s.module], s.out_features, s.in_features) for s in slots)
-        stored = sum(each)
+        slots = outlined.slots
+        stored = sum(outlined.format.bits_stored(grids[s.module], s.out_features, s.in_features) for s in slots)
     else:
-        stored = int(recipe.target_bits * weights)
-    parameters = sum(torch.Size(source.shape(name)).numel() for name in source.names())
-    size = stored // 8 + (parameters - weights) * source.dtype.itemsize
-    return size, stored, weights, parameters
+        stored = int(recipe.target_bits * work.weights)
+    return stored // 8 + (work.parameters - work.weights) * outlined.source.dtype.itemsize, stored
 
 
 def _notes(recipe: Recipe) -> list[str]:

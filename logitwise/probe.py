@@ -33,7 +33,7 @@ from logitwise.objectives import OBJECTIVES
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Recipe
 from logitwise.skeleton import Skeleton, Slot, load_whole
-from logitwise.source import Source, check_weights
+from logitwise.source import Source, check_tokenizer, check_weights, open_source
 from logitwise.stages import widest_end
 from logitwise.watch import Stage
 from logitwise.windows import Step, final_blocks
@@ -207,6 +207,11 @@ class _Trial:
         """Measures the held-out rows."""
         weights = weights_of(self.quantizers, 1.0)
         measure(self.window, weights, self.objective, self.head, self.data, self.step.batch)
+
+
+def of_opening(model: str | Path, revision: str | None) -> float:
+    """Seconds of opening a model that has been opened before, so that nothing has to be fetched, and its tokenizer."""
+    return _seconds(torch.device("cpu"), lambda: check_tokenizer(open_source(model, revision)))
 
 
 def of_reading(source: Source, skeleton: Skeleton) -> OfReading:

@@ -104,7 +104,7 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     of_last = OfWindow(first=2.0, opening=3e3, step=5e5, held_out_row=7e6, peak=9, learned=30)
     of_others = OfWindow(first=4.0, opening=1e2, step=1e4, held_out_row=1e6, peak=7, learned=20)
     monkeypatch.setattr(costs, "of_window", lambda *given: of_last if given[2].refit else of_others)
-    monkeypatch.setattr(planning.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(planning, "of_opening", lambda *given: 7e2)
     asked = recipe(text, calibration="self", polish=True, polish_steps=5, polish_batch=2)
     planned, short = logitwise.plan(folder, asked), logitwise.plan(folder, asked.but(steps=0, steps_last=0))
     assert planned.run_folder == short.run_folder + 30 * 32  # the state of the longest fit, and of its next check
@@ -113,7 +113,7 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     reading = 3e-3 * sum(counts.values()) + 2e-3 * (5 * around + 2 * projection) + 2 * 2 * read_block
     fit = 1e2 + 6 * 1e4 + 3 * 8 * 1e6 + read_block + kept
     refit = 3e3 + 6 * 5e5 + 3 * 8 * 7e6 + read_block + kept
-    assert seconds[costs.READING] == pytest.approx(reading, rel=1e-12)
+    assert seconds[costs.READING] == pytest.approx(7e2 + reading, rel=1e-12)
     text_and_model = 1e3 * (24 + 8 + 2) * 24 + 3e7 + read_all
     assert seconds["writing calibration text"] == pytest.approx(text_and_model, rel=1e-12)
     assert seconds["fitting blocks"] == pytest.approx(2 * fit + 2 * 2 * 32 * 1.0 + read_walked, rel=1e-12)
