@@ -47,6 +47,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         vocab_size=128256,
         depth=80,
     ),
+    "small": dict(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        depth=8,
+    ),
     "toy": dict(
         hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, vocab_size=301, depth=6
     ),

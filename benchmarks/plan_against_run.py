@@ -1,10 +1,12 @@
 """What `plan` says beside what then happens: time, memory and size of whole runs.
 
-    python benchmarks/plan_against_run.py --models MODEL [MODEL ...] --out FILE.json [--made-up] [--set key=value ...]
+    python benchmarks/plan_against_run.py --models MODEL [MODEL ...] --out FILE.json [--set key=value ...]
+    python benchmarks/plan_against_run.py --made-up SHAPE [SHAPE ...] --tokenizer MODEL --out FILE.json [--folder WORK]
 
-Each model is planned and then quantized, each in a process of its own. --made-up adds one of random weights (hidden
-width 1024, eight blocks), with the first model's tokenizer. A line says what was planned as a share of what happened.
-Memory is that of the process at most: its resident set, and on a GPU its tensors.
+Each model is planned and then quantized, each in a process of its own. Models of --made-up have random weights, and
+text is written with another's tokenizer. A line says what was planned as a share of what happened. Memory is that of
+the process at most: its resident set, and on a GPU its tensors. In a --folder the models stay, with what was found: the
+same command goes on where it ended, but a run that was ended within is not one whose time is known.
 """
 
 import argparse
@@ -14,13 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from large import config_of, write_model
+from lfq_cost import SHAPES
 from processes import about, peak_ram, save
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import logitwise
 from logitwise.planning import plan
@@ -35,9 +38,11 @@ QUICK = ["steps=30", "steps_last=60", "batch=4", "rows=64", "held_out=16", "row_
 def main() -> None:
     """Plans and runs, a model after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", type=Path, default=[])
+    parser.add_argument("--made-up", nargs="+", choices=SHAPES, default=[])
+    parser.add_argument("--tokenizer", type=Path, help="a model whose tokenizer those of --made-up have")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--made-up", action="store_true")
+    parser.add_argument("--folder", type=Path, help="a temporary one by default")
     parser.add_argument("--set", nargs="*", default=QUICK, help="recipe keys of every run, as key=value")
     parser.add_argument("--only", choices=(PLANNED, HAPPENED), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -45,12 +50,14 @@ def main() -> None:
         (model,) = given.models
         save(given.out, FIND[given.only](model, Recipe.load(**parse_settings(given.set))))
         return
+    if given.made_up and not given.tokenizer:
+        parser.error("--made-up needs --tokenizer")
     found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        if given.made_up:
-            given.models.append(made_up(given.models[0], Path(temporary) / "made-up"))
-        for model in given.models:
-            both = {name: in_process(model, name, given.set, Path(temporary)) for name in FIND}
+    with nullcontext(given.folder) if given.folder else tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        place.mkdir(exist_ok=True)
+        for model in [*given.models, *(made_up(shape, given.tokenizer, place) for shape in given.made_up)]:
+            both = {name: in_process(model, name, given.set, place) for name in FIND}
             planned, happened = both[PLANNED], both[HAPPENED]
             shares = {key: planned[key] / happened[key] for key in SHARED if planned[key]}
             found.append({"model": model.name, **both, "shares": shares})
@@ -58,23 +65,24 @@ def main() -> None:
             print(f"{model.name}: " + ", ".join(f"{key} {share:.2f}" for key, share in shares.items()), flush=True)
 
 
-def made_up(like: Path, out: Path) -> Path:
-    """A folder with a model of random weights."""
-    tokenizer = open_source(like).tokenizer()
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
-    config = LlamaConfig(**shape, num_hidden_layers=8, vocab_size=32000, tie_word_embeddings=False, dtype="bfloat16")
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+def made_up(shape: str, like: Path, place: Path) -> Path:
+    """A folder with a model of random weights, if it is not there yet."""
+    out = place / shape
+    if not (out / WRITTEN).exists():
+        config = {key: value for key, value in SHAPES[shape].items() if key != "depth"}
+        write_model(config_of({**config, "num_hidden_layers": SHAPES[shape]["depth"]}), out)
+        open_source(like).tokenizer().save_pretrained(out)
+        (out / WRITTEN).touch()
     return out
 
 
-def in_process(model: Path, name: str, settings: list[str], temporary: Path) -> dict[str, Any]:
-    """What a process of its own finds."""
-    place = temporary / "found.json"
-    own = ["--models", str(model), "--out", str(place), "--only", name, "--set", *settings]
-    subprocess.run([sys.executable, __file__, *own], check=True)
-    return dict(json.loads(place.read_text()))
+def in_process(model: Path, name: str, settings: list[str], place: Path) -> dict[str, Any]:
+    """What a process of its own finds, if it is not known yet."""
+    file = place / f"{model.name}-{name}.json"
+    if not file.exists():
+        own = ["--models", str(model), "--out", str(file), "--only", name, "--set", *settings]
+        subprocess.run([sys.executable, __file__, *own], check=True)
+    return dict(json.loads(file.read_text()))
 
 
 def planned(model: Path, recipe: Recipe) -> dict[str, Any]:
@@ -111,6 +119,7 @@ class Stages(Watcher):
         self.took[title] = round(time.monotonic() - began, 3)
 
 
+WRITTEN = "written"
 PLANNED, HAPPENED = "planned", "happened"
 FIND = {PLANNED: planned, HAPPENED: happened}
 

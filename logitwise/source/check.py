@@ -43,6 +43,7 @@ def check_weights(
             )
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        del tensor  # before the next is there: embedding and head are neighbours
         if progress is not None:
             progress(done, len(names))
     return digest.hexdigest()
