@@ -12,6 +12,7 @@ import torch
 from logitwise.activations import choose_place
 from logitwise.calibration import ANSWER_BATCH, ANSWER_TOKENS
 from logitwise.calibration import split as split_spec
+from logitwise.formats import SHARD_BYTES
 from logitwise.grid import Grid
 from logitwise.memory import only_new_collected
 from logitwise.preflight import Outline
@@ -98,7 +99,7 @@ class Units:
     """What one of each kind takes, as probe.py says it.
 
     Args:
-        reading: a parameter.
+        reading: a parameter, and the largest tensor.
         storing: seconds of a weight that is written and read back, without the disk.
         text: writing text; None where none is written.
         forward: seconds of a row through a block.
@@ -224,8 +225,11 @@ def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
     return seconds
 
 
-def memory_of(outlined: Outline, work: Work, units: Units) -> tuple[int | None, int, int]:
-    """Bytes at most: of the GPU (None on a CPU), of RAM, and of disk beside finished windows."""
+def memory_of(outlined: Outline, work: Work, units: Units, size: int) -> tuple[int | None, int, int]:
+    """Bytes at most: of the GPU (None on a CPU), of RAM, and of disk beside finished windows.
+
+    `size` is that of the checkpoint.
+    """
     recipe, device = work.recipe, torch.device(work.recipe.device)
     tried = [(work.largest, units.usual), *([(work.refits[0], units.last)] if units.last else [])]
     of_streams = bytes_of_streams(recipe, outlined.skeleton, work.rows)
@@ -236,9 +240,11 @@ def memory_of(outlined: Outline, work: Work, units: Units) -> tuple[int | None, 
     of_writing = units.text.peak if units.text else 0
     of_fits = max(one.peak for _, one in tried) + there["device"]
     of_fits += of_writing if writes_on(recipe) else 0  # the whole model is there beside them
+    # What is resident now is in the run too; when it writes, a shard is held while the largest tensor is read.
+    outside = psutil.Process().memory_info().rss + units.reading.held + min(size, SHARD_BYTES)
     if device.type == "cuda":
-        return max(of_writing, of_fits), psutil.Process().memory_info().rss + there["cpu"], on_disk
-    return None, max(of_writing, of_fits + there["cpu"]), on_disk
+        return max(of_writing, of_fits), outside + there["cpu"], on_disk
+    return None, max(of_writing, of_fits + there["cpu"], outside), on_disk
 
 
 def writes_on(recipe: Recipe) -> bool:

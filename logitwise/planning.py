@@ -96,7 +96,7 @@ def plan(
         units = units_of(outlined, work, grids, watcher)
     seconds = seconds_of(work, units, size)
     seconds[READING] += of_opening(model, revision)
-    device_memory, ram, on_disk = memory_of(outlined, work, units)
+    device_memory, ram, on_disk = memory_of(outlined, work, units, size)
     fates = Counter(fate.fate for fate in audit(outlined.source, outlined.every, outlined.kept))
     run_folder = int(work.weights + stored / 8 - work.weights * recipe.grid.bits / 8) + on_disk
     place = Path(out or ".").absolute()

@@ -1,7 +1,8 @@
-"""What the parts of a run take, measured on made-up weights of the model's own shapes: of its own one block is read.
+"""What the parts of a run take, measured on made-up weights of the model's own shapes.
 
-Everything runs through the code of the run itself, a few steps of it. Times are of one unit each (a step, a row through
-a block, a written token, a parameter that is read); how many there are is costs.py's to say.
+Of its own weights the first block and the largest tensor are read. Everything runs through the code of the run itself,
+a few steps of it. Times are of one unit each (a step, a row through a block, a written token, a parameter that is
+read); how many there are is costs.py's to say.
 """
 
 import gc
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Literal
@@ -41,6 +43,8 @@ from logitwise.writing import digest_of
 
 WRITTEN = (16, 48)
 """Tokens of each answer that is written, to see what a token takes and what the prompts do."""
+SECONDS_WRITTEN = 3.0
+"""Seconds of answers of either length that are timed: from few blocks to all, a bad moment would be many times one."""
 BLOCKS_WRITTEN_WITH, BYTES_WRITTEN_WITH = 4, 1 << 28
 """Blocks of a model that text is written with: these, or as many as have so many bytes."""
 LONG_ENOUGH = 1.0
@@ -101,15 +105,17 @@ class MadeUp(Source):
 
 @dataclass(frozen=True)
 class OfReading:
-    """What reading the model takes, in seconds a parameter.
+    """What reading the model takes.
 
     Args:
-        checked: at first, from wherever it is, and looking at it.
-        again: once more, when the files may be in memory, but are decoded as before.
+        checked: seconds a parameter at first, from wherever it is, and looking at it.
+        again: the same once more, when the files may be in memory, but are decoded as before.
+        held: bytes of RAM for the moment in which the largest tensor is read: what is mapped, decoded and copied.
     """
 
     checked: float
     again: float
+    held: int
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ def of_opening(model: str | Path, revision: str | None) -> float:
 
 
 def of_reading(source: Source, skeleton: Skeleton) -> OfReading:
-    """What reading takes, of the first block.
+    """What reading takes: time of the first block, memory of the largest tensor.
 
     Errors: SourceError where the block holds NaN or infinity.
     """
@@ -223,7 +229,10 @@ def of_reading(source: Source, skeleton: Skeleton) -> OfReading:
     count, cpu = sum(torch.Size(source.shape(name)).numel() for name in names), torch.device("cpu")
     checked = _seconds(cpu, lambda: check_weights(source, only=names))
     again = _least(cpu, lambda: deque(map(source.read, names), maxlen=0))
-    return OfReading(checked / count, again / count)
+    before = psutil.Process().memory_info().rss
+    with _peak(cpu) as peak:
+        source.read(max(source.names(), key=lambda name: torch.Size(source.shape(name)).numel()))
+    return OfReading(checked / count, again / count, max(0, peak() - before))
 
 
 def of_storing(
@@ -349,32 +358,29 @@ def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:
     with _peak(device) as peak:
         model = load_whole(source, device, dtype)
 
-        def write(answer_tokens: int) -> list[Document]:
-            return write_answers(
+        def write(length: int) -> None:
+            documents[length] = write_answers(
                 model,
                 source.tokenizer(),
                 shipped_prompts(batch, recipe.seed),
-                tokens=batch * 10 * answer_tokens,
-                answer_tokens=answer_tokens,
+                tokens=batch * 10 * length,
+                answer_tokens=length,
                 batch=batch,
                 seed=recipe.seed,
             )
 
-        took, tokens = list[float](), list[int]()
-        few, many = WRITTEN
-        for length in (few, few, many):
-            began = _now(device)
-            written = write(length)
-            took.append(_now(device) - began)
-            tokens.append(sum(sum(document.counts) for document in written))
+        documents = dict[int, list[Document]]()
+        first = _seconds(device, lambda: write(WRITTEN[0]))
+        short, long = (_least(device, partial(write, length), SECONDS_WRITTEN) for length in WRITTEN)
     del model
     gc.collect()
-    short = min(took[:2])
-    more = (took[2] - short) / (tokens[2] - tokens[1]) if tokens[2] > tokens[1] and took[2] > short else math.inf
-    token = min(more, short / tokens[1])  # answers may end early, and a moment be bad
-    prompt = (sum(len(document.ids) for document in written) - tokens[2]) / len(written)
+    written = documents[WRITTEN[1]]
+    few, many = (sum(sum(document.counts) for document in documents[length]) for length in WRITTEN)
+    more = (long - short) / (many - few) if many > few and long > short else math.inf
+    token = min(more, short / few)  # answers may end early
+    prompt = (sum(len(document.ids) for document in written) - many) / len(written)
     counted = ANSWER_TOKENS / (ANSWER_TOKENS + prompt)
-    return OfText(took[0] - short, short - token * tokens[1], token, counted, peak())
+    return OfText(first - short, short - token * few, token, counted, peak())
 
 
 def _skeleton(source: Source, recipe: Recipe) -> Skeleton:
@@ -398,10 +404,10 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
     return _now(device) - began
 
 
-def _least(device: torch.device, work: Callable[[], object]) -> float:
+def _least(device: torch.device, work: Callable[[], object], enough: float = LONG_ENOUGH) -> float:
     """Seconds of what takes little, the least of some times: what every window takes must not be one bad moment's."""
     took = [_seconds(device, work)]
-    while len(took) < TIMES and sum(took) < LONG_ENOUGH:
+    while len(took) < TIMES and sum(took) < enough:
         took.append(_seconds(device, work))
     return min(took)
 

@@ -24,7 +24,7 @@ from logitwise.preflight import outline
 from logitwise.probe import MadeUp, OfReading, OfText, OfWindow
 from logitwise.report.figures import show_plan
 from logitwise.skeleton import Skeleton
-from logitwise.source import open_source
+from logitwise.source import Source, open_source
 from logitwise.windows import plan_steps
 
 RTN = {"method": "rtn", "objective": "mse"}
@@ -92,7 +92,7 @@ def test_units_are_multiplied_by_how_many_the_run_has(
     """Two blocks, 24 rows and 8 held out, 6 steps of 4 rows, held-out rows asked 3 times."""
     monkeypatch.setattr(costs, "of_text", lambda *given: OfText(first=1.0, prompts=3e7, token=1e3, counted=0.9, peak=5))
     monkeypatch.setattr(costs, "of_forward", lambda *given: 1.0)
-    monkeypatch.setattr(costs, "of_reading", lambda *given: OfReading(checked=3e-3, again=2e-3))
+    monkeypatch.setattr(costs, "of_reading", lambda *given: OfReading(checked=3e-3, again=2e-3, held=0))
     monkeypatch.setattr(costs, "of_storing", lambda *given: 5e-2)
     counts = {name: torch.Size(open_source(folder).shape(name)).numel() for name in open_source(folder).names()}
     block = sum(count for name, count in counts.items() if ".layers.0." in name)
@@ -133,7 +133,7 @@ def test_a_fit_of_fewer_steps_than_checks_asks_at_each_step(folder: Path, text: 
     asked = recipe(text, device="cpu", compute_dtype="float32", objective="mse", steps=2, checks=10)
     work = costs.work_of(outline(folder, asked, False, None), asked)
     usual = OfWindow(first=0.0, opening=0.0, step=0.0, held_out_row=1e6, peak=0, learned=0)
-    units = costs.Units(OfReading(0.0, 0.0), 0.0, None, 0.0, usual, None)
+    units = costs.Units(OfReading(0.0, 0.0, 0), 0.0, None, 0.0, usual, None)
     kept = work.weights / costs.WRITING
     assert costs.seconds_of(work, units, 0)["fitting blocks"] == pytest.approx(2 * 3 * 8 * 1e6 + kept, rel=1e-12)
 
@@ -190,11 +190,53 @@ def test_how_fast_a_model_is_read_is_seen_on_its_first_block(
     monkeypatch.setattr(source, "read", slow)
     found = probe.of_reading(source, skeleton)
     block = [name for name in source.names() if ".layers.0." in name]
-    assert set(names) == set(block)
+    assert set(names[:-1]) == set(block)
+    assert names[-1] == largest_of(source)  # for its memory
     count = sum(torch.Size(source.shape(name)).numel() for name in block)
     least = 0.01 * len(block) / count
     assert least < found.again < 3 * least
     assert least < found.checked < 10 * least
+
+
+def largest_of(source: Source) -> str:
+    return max(source.names(), key=lambda name: torch.Size(source.shape(name)).numel())
+
+
+def test_memory_of_reading_is_what_the_largest_tensor_takes_for_a_moment(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = open_source(folder)
+    skeleton, read = Skeleton(source, torch.device("cpu"), torch.float32), source.read
+
+    def decoded(name: str) -> torch.Tensor:
+        if name != largest_of(source):
+            return read(name)
+        beside = torch.ones(1 << 26, dtype=torch.uint8)
+        time.sleep(0.1)
+        return read(name)[: len(beside)]
+
+    monkeypatch.setattr(source, "read", decoded)
+    assert probe.of_reading(source, skeleton).held == pytest.approx(1 << 26, rel=0.1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ram_is_at_least_a_shard_and_the_largest_tensor_beside_what_is_there(
+    folder: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    device: str,
+) -> None:
+    asked = recipe(text, device="cpu", compute_dtype="float32", streams="cpu")
+    outlined = outline(folder, asked, False, None)
+    work = costs.work_of(outlined, asked.but(device=device))
+    usual = OfWindow(first=0.0, opening=0.0, step=0.0, held_out_row=0.0, peak=7, learned=0)
+    units = costs.Units(OfReading(0.0, 0.0, 1 << 40), 0.0, None, 0.0, usual, None)
+    there = psutil.Process().memory_info().rss
+    beside = probe.bytes_of_streams(asked, outlined.skeleton, work.rows) if device == "cuda" else 0
+    for size, shard in ((1 << 20, 1 << 20), (1 << 35, costs.SHARD_BYTES)):
+        of_gpu, ram, _ = costs.memory_of(outlined, work, units, size)
+        assert ram == pytest.approx((1 << 40) + shard + there + beside, abs=1 << 24)
+        assert of_gpu == (7 if device == "cuda" else None)
 
 
 @pytest.mark.parametrize("form", FORMATS)

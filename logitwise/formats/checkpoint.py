@@ -21,9 +21,12 @@ from transformers import PretrainedConfig
 
 from logitwise.errors import FormatError, MachineError, OutputError
 
+SHARD_BYTES = 1 << 29
+"""A weight file is closed before it would grow beyond so much."""
+
 
 def write_checkpoint(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 1 << 29, written_for: str = "pt"
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES, written_for: str = "pt"
 ) -> int:
     """Writes tensors as they come, holding one shard in memory, under the names that transformers looks for.
 
