@@ -241,10 +241,13 @@ def memory_of(outlined: Outline, work: Work, units: Units, size: int) -> tuple[i
     of_fits = max(one.peak for _, one in tried) + there["device"]
     of_fits += of_writing if writes_on(recipe) else 0  # the whole model is there beside them
     # What is resident now is in the run too; when it writes, a shard is held while the largest tensor is read.
-    outside = psutil.Process().memory_info().rss + units.reading.held + min(size, SHARD_BYTES)
+    resident = psutil.Process().memory_info().rss
+    of_files = resident + units.reading.held + min(size, SHARD_BYTES)
+    of_proof = 4 * (work.parameters - work.block * work.depth)  # what is around the blocks stands there in float32
     if device.type == "cuda":
-        return max(of_writing, of_fits), outside + there["cpu"], on_disk
-    return None, max(of_writing, of_fits + there["cpu"], outside), on_disk
+        return max(of_writing, of_fits, int(of_proof + 4 * work.block)), of_files + there["cpu"], on_disk
+    of_proof += resident + work.projection * outlined.source.dtype.itemsize  # as it is read
+    return None, max(of_writing, of_fits + there["cpu"], of_files, int(of_proof)), on_disk
 
 
 def writes_on(recipe: Recipe) -> bool:

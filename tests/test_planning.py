@@ -1,6 +1,7 @@
 """Plans: sizes as they come to be, one block read of the weights, and what does not fit or cannot be shared is said."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def test_memory_of_reading_is_what_the_largest_tensor_takes_for_a_moment(
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_ram_is_at_least_a_shard_and_the_largest_tensor_beside_what_is_there(
+def test_memory_is_at_least_that_of_reading_and_writing_and_of_the_proof(
     folder: Path,  # noqa: F811
     text: Path,  # noqa: F811
     device: str,
@@ -230,13 +231,18 @@ def test_ram_is_at_least_a_shard_and_the_largest_tensor_beside_what_is_there(
     outlined = outline(folder, asked, False, None)
     work = costs.work_of(outlined, asked.but(device=device))
     usual = OfWindow(first=0.0, opening=0.0, step=0.0, held_out_row=0.0, peak=7, learned=0)
-    units = costs.Units(OfReading(0.0, 0.0, 1 << 40), 0.0, None, 0.0, usual, None)
     there = psutil.Process().memory_info().rss
     beside = probe.bytes_of_streams(asked, outlined.skeleton, work.rows) if device == "cuda" else 0
     for size, shard in ((1 << 20, 1 << 20), (1 << 35, costs.SHARD_BYTES)):
-        of_gpu, ram, _ = costs.memory_of(outlined, work, units, size)
+        reading = OfReading(0.0, 0.0, held=1 << 40)
+        _, ram, _ = costs.memory_of(outlined, work, costs.Units(reading, 0.0, None, 0.0, usual, None), size)
         assert ram == pytest.approx((1 << 40) + shard + there + beside, abs=1 << 24)
-        assert of_gpu == (7 if device == "cuda" else None)
+    large = replace(work, parameters=work.parameters + (1 << 40), projection=1 << 39)  # embedding and head
+    units = costs.Units(OfReading(0.0, 0.0, held=1 << 41), 0.0, None, 0.0, usual, None)
+    of_gpu, ram, _ = costs.memory_of(outlined, large, units, 1 << 20)
+    of_proof, read = 4 << 40, (1 << 39) * outlined.source.dtype.itemsize
+    assert of_gpu is None if device == "cpu" else of_gpu == pytest.approx(of_proof, rel=1e-6)
+    assert ram == pytest.approx(of_proof + read if device == "cpu" else 1 << 41, rel=1e-3)
 
 
 @pytest.mark.parametrize("form", FORMATS)
