@@ -6,11 +6,13 @@
 Each model is planned and then quantized, each in a process of its own. Models of --made-up have random weights, and
 text is written with another's tokenizer. A line says what was planned as a share of what happened. Memory is that of
 the process at most: its resident set, and on a GPU its tensors. In a --folder the models stay, with what was found: the
-same command goes on where it ended, but a run that was ended within is not one whose time is known.
+same command goes on with what is missing.
 """
 
 import argparse
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,6 +52,8 @@ def main() -> None:
         (model,) = given.models
         save(given.out, FIND[given.only](model, Recipe.load(**parse_settings(given.set))))
         return
+    if not given.models and not given.made_up:
+        parser.error("give --models or --made-up")
     if given.made_up and not given.tokenizer:
         parser.error("--made-up needs --tokenizer")
     found: list[dict[str, Any]] = []
@@ -68,17 +72,21 @@ def main() -> None:
 def made_up(shape: str, like: Path, place: Path) -> Path:
     """A folder with a model of random weights, if it is not there yet."""
     out = place / shape
-    if not (out / WRITTEN).exists():
+    whole = out / "whole"
+    if not whole.exists():
+        shutil.rmtree(out, ignore_errors=True)
         config = {key: value for key, value in SHAPES[shape].items() if key != "depth"}
         write_model(config_of({**config, "num_hidden_layers": SHAPES[shape]["depth"]}), out)
         open_source(like).tokenizer().save_pretrained(out)
-        (out / WRITTEN).touch()
+        torch.cuda.empty_cache()  # a plan sees what is free
+        whole.touch()
     return out
 
 
 def in_process(model: Path, name: str, settings: list[str], place: Path) -> dict[str, Any]:
     """What a process of its own finds, if it is not known yet."""
-    file = place / f"{model.name}-{name}.json"
+    asked = hashlib.sha256(json.dumps([str(model.resolve()), settings]).encode()).hexdigest()[:8]
+    file = place / f"{model.name}-{asked}-{name}.json"
     if not file.exists():
         own = ["--models", str(model), "--out", str(file), "--only", name, "--set", *settings]
         subprocess.run([sys.executable, __file__, *own], check=True)
@@ -119,7 +127,6 @@ class Stages(Watcher):
         self.took[title] = round(time.monotonic() - began, 3)
 
 
-WRITTEN = "written"
 PLANNED, HAPPENED = "planned", "happened"
 FIND = {PLANNED: planned, HAPPENED: happened}
 

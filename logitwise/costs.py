@@ -12,7 +12,6 @@ import torch
 from logitwise.activations import choose_place
 from logitwise.calibration import ANSWER_BATCH, ANSWER_TOKENS
 from logitwise.calibration import split as split_spec
-from logitwise.formats import SHARD_BYTES
 from logitwise.grid import Grid
 from logitwise.memory import only_new_collected
 from logitwise.preflight import Outline
@@ -99,7 +98,7 @@ class Units:
     """What one of each kind takes, as probe.py says it.
 
     Args:
-        reading: a parameter, and the largest tensor.
+        reading: seconds of a parameter, bytes of the largest tensor.
         storing: seconds of a weight that is written and read back, without the disk.
         text: writing text; None where none is written.
         forward: seconds of a row through a block.
@@ -156,7 +155,7 @@ def work_of(outlined: Outline, recipe: Recipe) -> Work:
 def units_of(outlined: Outline, work: Work, grids: Mapping[str, Grid], watcher: Watcher) -> Units:
     """One unit of each kind, measured.
 
-    Errors: SourceError where the first block's weights cannot be read.
+    Errors: SourceError where the first block or the largest tensor cannot be read.
     """
     source, skeleton, recipe, kept = outlined.source, outlined.skeleton, work.recipe, outlined.kept
     at_once = skeleton.rows_at_once(recipe.batch, recipe.row_tokens)
@@ -242,12 +241,14 @@ def memory_of(outlined: Outline, work: Work, units: Units, size: int) -> tuple[i
     of_fits += of_writing if writes_on(recipe) else 0  # the whole model is there beside them
     # What is resident now is in the run too; when it writes, a shard is held while the largest tensor is read.
     resident = psutil.Process().memory_info().rss
-    of_files = resident + units.reading.held + min(size, SHARD_BYTES)
-    of_proof = 4 * (work.parameters - work.block * work.depth)  # what is around the blocks stands there in float32
+    of_files = resident + units.reading.peak + min(size, outlined.format.shard_bytes)
+    # In the proof all that is around the blocks stands in float32, a tied projection by itself, and beside it a block,
+    # or the projection as it was before it was float32.
+    beside = max(4 * work.block, work.projection * outlined.source.dtype.itemsize)
+    of_proof = int(4 * (work.around + work.projection) + beside)
     if device.type == "cuda":
-        return max(of_writing, of_fits, int(of_proof + 4 * work.block)), of_files + there["cpu"], on_disk
-    of_proof += resident + work.projection * outlined.source.dtype.itemsize  # as it is read
-    return None, max(of_writing, of_fits + there["cpu"], of_files, int(of_proof)), on_disk
+        return max(of_writing, of_fits, of_proof), of_files + there["cpu"], on_disk
+    return None, max(of_writing, of_fits + there["cpu"], of_files, resident + of_proof), on_disk
 
 
 def writes_on(recipe: Recipe) -> bool:

@@ -75,9 +75,8 @@ def only_new_collected() -> Iterator[None]:
     Windows leave cycles behind, which must not wait for Python to look. Modules and tokenizers are a million objects,
     of which each look takes a fifth of a second.
     """
-    if (
-        gc.get_freeze_count() > PYTHONS_OWN
-    ):  # the caller's, which are not ours to let go, or those of this context around it
+    # A caller's are not ours to let go, nor are those of this context around it.
+    if gc.get_freeze_count() > PYTHONS_OWN:
         yield
         return
     gc.collect()

@@ -110,12 +110,12 @@ class OfReading:
     Args:
         checked: seconds a parameter at first, from wherever it is, and looking at it.
         again: the same once more, when the files may be in memory, but are decoded as before.
-        held: bytes of RAM for the moment in which the largest tensor is read: what is mapped, decoded and copied.
+        peak: bytes of RAM for the moment in which the largest tensor is read: what is mapped, decoded and copied.
     """
 
     checked: float
     again: float
-    held: int
+    peak: int
 
 
 @dataclass(frozen=True)
@@ -223,14 +223,14 @@ def of_opening(model: str | Path, revision: str | None) -> float:
 def of_reading(source: Source, skeleton: Skeleton) -> OfReading:
     """What reading takes: time of the first block, memory of the largest tensor.
 
-    Errors: SourceError where the block holds NaN or infinity.
+    Errors: SourceError where either cannot be read, or the block holds NaN or infinity.
     """
     names = [f"{skeleton.blocks_name}.0.{key}" for key, _ in skeleton.blocks[0].named_parameters()]
     count, cpu = sum(torch.Size(source.shape(name)).numel() for name in names), torch.device("cpu")
     checked = _seconds(cpu, lambda: check_weights(source, only=names))
     again = _least(cpu, lambda: deque(map(source.read, names), maxlen=0))
-    before = psutil.Process().memory_info().rss
     with _peak(cpu) as peak:
+        before = psutil.Process().memory_info().rss
         source.read(max(source.names(), key=lambda name: torch.Size(source.shape(name)).numel()))
     return OfReading(checked / count, again / count, max(0, peak() - before))
 
@@ -358,6 +358,8 @@ def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:
     with _peak(device) as peak:
         model = load_whole(source, device, dtype)
 
+        documents = dict[int, list[Document]]()
+
         def write(length: int) -> None:
             documents[length] = write_answers(
                 model,
@@ -369,9 +371,9 @@ def _writing(source: Source, recipe: Recipe, batch: int) -> OfText:
                 seed=recipe.seed,
             )
 
-        documents = dict[int, list[Document]]()
         first = _seconds(device, lambda: write(WRITTEN[0]))
         short, long = (_least(device, partial(write, length), SECONDS_WRITTEN) for length in WRITTEN)
+        short = min(first, short)
     del model
     gc.collect()
     written = documents[WRITTEN[1]]
@@ -404,10 +406,13 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
     return _now(device) - began
 
 
-def _least(device: torch.device, work: Callable[[], object], enough: float = LONG_ENOUGH) -> float:
-    """Seconds of what takes little, the least of some times: what every window takes must not be one bad moment's."""
+def _least(device: torch.device, work: Callable[[], object], seconds: float = LONG_ENOUGH) -> float:
+    """Seconds of what takes little, the least of some times: what every window takes must not be one bad moment's.
+
+    So many `seconds` are spent.
+    """
     took = [_seconds(device, work)]
-    while len(took) < TIMES and sum(took) < enough:
+    while len(took) < TIMES and sum(took) < seconds:
         took.append(_seconds(device, work))
     return min(took)
 

@@ -128,7 +128,7 @@ class Cycle:
         self.own = self
 
 
-def test_only_what_was_made_inside_is_looked_at_and_afterwards_all_is_as_it_was() -> None:
+def test_only_what_was_made_inside_is_looked_at() -> None:
     before = gc.get_freeze_count()
     kept = Cycle()
     with only_new_collected():

@@ -5,7 +5,6 @@ from collections.abc import Collection
 from logitwise.errors import FormatError
 from logitwise.formats.awq import Awq
 from logitwise.formats.base import Described, Format
-from logitwise.formats.checkpoint import SHARD_BYTES
 from logitwise.formats.compressed_tensors import CompressedTensors
 from logitwise.formats.fusing import unfusable
 from logitwise.formats.gguf import Gguf
@@ -40,16 +39,4 @@ def choose(grids: Collection[Grid], apart: str | None = None) -> tuple[Format, s
     )
 
 
-__all__ = [
-    "FORMATS",
-    "SHARD_BYTES",
-    "Awq",
-    "CompressedTensors",
-    "Described",
-    "Format",
-    "Gguf",
-    "Gptq",
-    "Mlx",
-    "choose",
-    "unfusable",
-]
+__all__ = ["FORMATS", "Awq", "CompressedTensors", "Described", "Format", "Gguf", "Gptq", "Mlx", "choose", "unfusable"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from logitwise.errors import FormatError
+from logitwise.formats.checkpoint import SHARD_BYTES
 from logitwise.formats.checks import check_on_grid
 from logitwise.grid import Grid, Quantized
 
@@ -54,6 +55,8 @@ class Format(ABC):
     """Whether grids with float minima are held."""
     stores_every_zero: bool = False
     """Whether the zero points of symmetric grids are stored too."""
+    shard_bytes: int = SHARD_BYTES
+    """Bytes of tensors that wait in RAM until a file of them is written."""
     keeps_codes: bool = True
     """Whether codes and zero points are read back as they were written; if not, the weights they stand for are."""
 

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from logitwise.errors import FormatError, MachineError, OutputError
 
 SHARD_BYTES = 1 << 29
-"""A weight file is closed before it would grow beyond so much."""
+"""A weight file is closed before it would grow beyond so much, but for a single tensor that is larger."""
 
 
 def write_checkpoint(
@@ -33,7 +33,7 @@ def write_checkpoint(
     Args:
         folder: where the files go.
         tensors: names and tensors, each name once; strided tensors are made contiguous.
-        shard_bytes: a file is closed before it would grow beyond this many bytes of tensors.
+        shard_bytes: a file is closed before it would grow beyond this many bytes of tensors; a larger one is alone.
         written_for: the framework that the files' metadata name.
 
     Returns: the size of the weight files on disk, in bytes.
@@ -61,6 +61,9 @@ def write_checkpoint(
         places[name] = len(shards)
         size += tensor.nbytes
         total += tensor.nbytes
+        if size >= shard_bytes:  # a large tensor does not wait while the next is read
+            close_shard()
+            size = 0
     if held or not shards:
         close_shard()
     return _name_shards(folder, shards, places, total)

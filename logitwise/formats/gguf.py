@@ -87,6 +87,7 @@ class Gguf(Format):
     name = "gguf"
     group_sizes = (32, 64, 128, 256)
     library = "llama-cpp-python"
+    shard_bytes = 0  # tensors wait on disk
     keeps_codes = False
     holds_minima = True
 

@@ -52,7 +52,7 @@ class SafetensorsFormat(Format):
         self, folder: Path, tensors: Iterable[tuple[str, Tensor]], model: Described, grids: Mapping[str, Grid]
     ) -> int:
         """Weight files, config.json and what a format has beside it, tokenizer."""
-        size = write_checkpoint(folder, tensors, written_for=self.written_for)
+        size = write_checkpoint(folder, tensors, self.shard_bytes, self.written_for)
         described = self.quantization_config(grids, [name for name in model.linear if name not in grids])
         write_config(folder, model.config, described, model.dtype, self.config_keys)
         for name, content in self.files(described).items():
