@@ -2,6 +2,7 @@
 
 import gc
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from logitwise.calibration import file_digest, prepare, writes
 from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError
+from logitwise.memory import OTHER_TEXT, enough_memory
 from logitwise.recipe import Recipe
 from logitwise.runfolder import FIRST_ROW, RunFolder, chain
 from logitwise.skeleton import Skeleton, load_whole
@@ -86,7 +88,8 @@ def _make_rows(skeleton: Skeleton, recipe: Recipe, most: int, key: str, folder: 
     own = writes(recipe.calibration)
     title = "Writing calibration text" if own else "Reading calibration text"
     began = time.monotonic()
-    with watcher.stage(title, (most + recipe.held_out_rows) * recipe.row_tokens) as stage:
+    total = (most + recipe.held_out_rows) * recipe.row_tokens
+    with watcher.stage(title, total) as stage, enough_memory(OTHER_TEXT) if own else nullcontext():
         made = prepare(
             recipe.calibration,
             skeleton.source.tokenizer(),

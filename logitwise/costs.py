@@ -13,7 +13,7 @@ from logitwise.activations import choose_place
 from logitwise.calibration import ANSWER_BATCH, ANSWER_TOKENS
 from logitwise.calibration import split as split_spec
 from logitwise.grid import Grid
-from logitwise.memory import only_new_collected
+from logitwise.memory import OTHER_TEXT, enough_memory, only_new_collected
 from logitwise.preflight import Outline
 from logitwise.probe import (
     TRIED_ON,
@@ -45,6 +45,8 @@ STATE = 2 * 4 * 4
 """Bytes of disk for each number of a long fit: itself, its best iterate, two of Adam; as many while newer ones come."""
 READING = "reading and checking the model"
 FIRST = "first steps, loading kernels"
+TEXT = "writing calibration text"
+FITS, PROOF, FILES = "fitting blocks", "proving the replay", "reading and writing the model"
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def work_of(outlined: Outline, recipe: Recipe) -> Work:
 def units_of(outlined: Outline, work: Work, grids: Mapping[str, Grid], watcher: Watcher) -> Units:
     """One unit of each kind, measured.
 
-    Errors: SourceError where the first block or the largest tensor cannot be read.
+    Errors: SourceError where the first block or the largest tensor cannot be read; RecipeError where memory runs out.
     """
     source, skeleton, recipe, kept = outlined.source, outlined.skeleton, work.recipe, outlined.kept
     at_once = skeleton.rows_at_once(recipe.batch, recipe.row_tokens)
@@ -164,17 +166,25 @@ def units_of(outlined: Outline, work: Work, grids: Mapping[str, Grid], watcher: 
         reading = of_reading(source, skeleton)
         storing = of_storing(source, recipe, work.largest, outlined.format, grids, kept)
         stage.advance()
-        text = of_text(source, recipe, work.answers_together, skeleton) if work.written else None
+        with enough_memory(OTHER_TEXT, begun=False):
+            text = of_text(source, recipe, work.answers_together, skeleton) if work.written else None
         stage.advance()
-        forward = of_forward(source, recipe, max(1, rows))
-        stage.advance()
-        usual = of_window(source, recipe, work.largest, kept, rows, 1.0, compiled)
-        stage.advance()
-        counted = text.counted if text else 1.0
-        last = of_window(source, recipe, work.refits[0], kept, rows, counted, compiled) if work.refits else None
-        stage.advance()
+        with enough_memory(fewer(recipe), begun=False):
+            forward = of_forward(source, recipe, max(1, rows))
+            stage.advance()
+            usual = of_window(source, recipe, work.largest, kept, rows, 1.0, compiled)
+            stage.advance()
+            counted = text.counted if text else 1.0
+            last = of_window(source, recipe, work.refits[0], kept, rows, counted, compiled) if work.refits else None
+            stage.advance()
     gc.collect()
     return Units(reading, storing, text, forward, usual, last)
+
+
+def fewer(recipe: Recipe) -> str:
+    """What makes a fit smaller."""
+    also = ", or fewer --final-blocks" if recipe.final_blocks != 1 else ""
+    return "fewer --rows, shorter --row-tokens, or a smaller --batch" + also
 
 
 def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
@@ -194,7 +204,7 @@ def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
         seconds[FIRST] = first
     if text := units.text:
         prompts = text.prompts * work.answers / work.answers_together
-        seconds["writing calibration text"] = read_all + text.token * work.written + prompts
+        seconds[TEXT] = read_all + text.token * work.written + prompts
 
     def of_steps(steps: list[Step], one: OfWindow, like: Step) -> float:
         total = 0.0
@@ -207,7 +217,7 @@ def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
         return total
 
     walk = 2 * depth * work.rows * units.forward + read_walked if work.rows else 0.0
-    seconds["fitting blocks" if work.rows else "rounding blocks"] = of_steps(work.fits, usual, work.largest) + walk
+    seconds[FITS if work.rows else "rounding blocks"] = of_steps(work.fits, usual, work.largest) + walk
     if last:
         verdict = 2 * recipe.held_out_rows * last.held_out_row
         of_refits = of_steps(work.refits, last, work.refits[0])
@@ -224,11 +234,23 @@ def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
     return seconds
 
 
-def memory_of(outlined: Outline, work: Work, units: Units, size: int) -> tuple[int | None, int, int]:
-    """Bytes at most: of the GPU (None on a CPU), of RAM, and of disk beside finished windows.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at most, in each part of a run that may be the one that takes most.
 
-    `size` is that of the checkpoint.
+    Args:
+        device: of the GPU, by part; None on a CPU.
+        ram: of RAM, those of Python and its libraries included, by part.
+        disk: beside finished windows.
     """
+
+    device: dict[str, int] | None
+    ram: dict[str, int]
+    disk: int
+
+
+def memory_of(outlined: Outline, work: Work, units: Units, size: int) -> Memory:
+    """The memory of a run whose checkpoint has `size` bytes."""
     recipe, device = work.recipe, torch.device(work.recipe.device)
     tried = [(work.largest, units.usual), *([(work.refits[0], units.last)] if units.last else [])]
     of_streams = bytes_of_streams(recipe, outlined.skeleton, work.rows)
@@ -247,8 +269,9 @@ def memory_of(outlined: Outline, work: Work, units: Units, size: int) -> tuple[i
     beside = max(4 * work.block, work.projection * outlined.source.dtype.itemsize)
     of_proof = int(4 * (work.around + work.projection) + beside)
     if device.type == "cuda":
-        return max(of_writing, of_fits, of_proof), of_files + there["cpu"], on_disk
-    return None, max(of_writing, of_fits + there["cpu"], of_files, resident + of_proof), on_disk
+        return Memory({TEXT: of_writing, FITS: of_fits, PROOF: of_proof}, {FILES: of_files + there["cpu"]}, on_disk)
+    ram = {TEXT: of_writing, FITS: of_fits + there["cpu"], PROOF: resident + of_proof, FILES: of_files}
+    return Memory(None, ram, on_disk)
 
 
 def writes_on(recipe: Recipe) -> bool:

@@ -9,10 +9,16 @@ from pathlib import Path
 import psutil
 import torch
 
-from logitwise.errors import MachineError
+from logitwise.errors import MachineError, RecipeError
 
 PYTHONS_OWN = 1 << 12
 """So many objects Python itself may have put out of sight: 3.12 begins with 375. A caller that did so has many more."""
+
+OTHER_TEXT = (
+    "give text, --calibration text:FILE or jsonl:FILE, or a server that writes it, server:URL: only writing the "
+    "model's own needs all of it in memory"
+)
+"""What helps where that is not there."""
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 """Where Linux says what a container may have (control groups, version 2)."""
@@ -52,10 +58,10 @@ SAID = ("can't allocate memory", "Cannot allocate memory", "out of memory")
 
 
 @contextmanager
-def enough_memory(remedy: str) -> Iterator[None]:
+def enough_memory(remedy: str, begun: bool = True) -> Iterator[None]:
     """Says what helps where memory runs out.
 
-    Errors: MachineError.
+    Errors: MachineError; RecipeError where the work has not begun.
     """
     try:
         yield
@@ -65,7 +71,8 @@ def enough_memory(remedy: str) -> Iterator[None]:
             raise
         asked = str(error).splitlines()[0] if str(error) else "nothing more was given"
         place = "GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
-        raise MachineError(f"the {place} is not enough", asked, remedy) from error
+        kind = MachineError if begun else RecipeError
+        raise kind(f"the {place} is not enough", asked, remedy) from error
 
 
 @contextmanager

@@ -12,12 +12,24 @@ import psutil
 import torch
 
 from logitwise.audit import audit
-from logitwise.costs import READING, Work, memory_of, seconds_of, units_of, work_of, writes_on
+from logitwise.costs import (
+    FITS,
+    READING,
+    TEXT,
+    Memory,
+    Work,
+    fewer,
+    memory_of,
+    seconds_of,
+    units_of,
+    work_of,
+    writes_on,
+)
 from logitwise.errors import RecipeError
 from logitwise.formats import unfusable
 from logitwise.grid import Grid
 from logitwise.machine import repeatable
-from logitwise.memory import free_memory, total_memory
+from logitwise.memory import OTHER_TEXT, free_memory, total_memory
 from logitwise.preflight import Outline, outline
 from logitwise.probe import of_opening
 from logitwise.recipe import Choice, Recipe
@@ -83,7 +95,7 @@ def plan(
         revision: of a hub id.
         watcher: hears how far it is.
 
-    Errors: InputError for whatever the run itself would refuse before its work.
+    Errors: InputError for whatever the run itself would refuse before its work, and where a few steps do not fit.
     """
     recipe = recipe or Recipe.load()
     outlined = outline(model, recipe, False, revision)
@@ -96,9 +108,9 @@ def plan(
         units = units_of(outlined, work, grids, watcher)
     seconds = seconds_of(work, units, size)
     seconds[READING] += of_opening(model, revision)
-    device_memory, ram, on_disk = memory_of(outlined, work, units, size)
+    memory = memory_of(outlined, work, units, size)
     fates = Counter(fate.fate for fate in audit(outlined.source, outlined.every, outlined.kept))
-    run_folder = int(work.weights + stored / 8 - work.weights * recipe.grid.bits / 8) + on_disk
+    run_folder = int(work.weights + stored / 8 - work.weights * recipe.grid.bits / 8) + memory.disk
     place = Path(out or ".").absolute()
     return Plan(
         choices=outlined.choices,
@@ -108,12 +120,12 @@ def plan(
         bits_per_weight=stored / work.weights,
         bits_per_parameter=8 * size / work.parameters,
         run_folder=run_folder,
-        device_memory=device_memory,
-        ram=ram,
+        device_memory=None if memory.device is None else max(memory.device.values()),
+        ram=max(memory.ram.values()),
         seconds=seconds,
         loaders=outlined.format.loaders(set(grids.values()), unfusable(grids, outlined.model.linear)),
         splits={count: _split(outlined, grids, count) for count in SPLITS},
-        unmet=_unmet(recipe, machine["device"], size + run_folder, device_memory, ram, place),
+        unmet=_unmet(recipe, machine["device"], size + run_folder, memory, place),
         notes=_notes(recipe),
     )
 
@@ -165,22 +177,23 @@ def _split_layer(slot: Slot, grid: Grid, count: int) -> str | None:
     return f"{slot.module} would have {inputs:g} inputs on each of {count}, no whole groups of {grid.group_size}"
 
 
-def _unmet(
-    recipe: Recipe, device: str, disk: int, device_memory: int | None, ram: int, place: Path
-) -> list[tuple[str, str]]:
+def _unmet(recipe: Recipe, device: str, disk: int, memory: Memory, place: Path) -> list[tuple[str, str]]:
     """Why the run does not fit on this machine, with what would help."""
     unmet = []
     there = next(parent for parent in [place, *place.parents] if parent.exists())
-    room, total = psutil.disk_usage(str(there)).free, total_memory()
-    less = "fewer --rows, shorter --row-tokens, or a smaller --batch"
-    less += ", or fewer --final-blocks" if recipe.final_blocks != 1 else ""
-    if disk > room:
+    if disk > (room := psutil.disk_usage(str(there)).free):
         why = f"{disk / GIB:.1f} GiB of disk are needed at {there}, {room / GIB:.1f} are free"
         unmet.append((why, "choose another OUT"))
-    if device_memory is not None and device_memory > (free := free_memory(torch.device(device))):
-        unmet.append((f"{device_memory / GIB:.1f} GiB of the GPU are needed, {free / GIB:.1f} are free", less))
-    if ram > total:
-        unmet.append((f"{ram / GIB:.1f} GiB of RAM are needed, there are {total / GIB:.1f}", less))
+    places = [("RAM", memory.ram, total_memory(), "a machine with more memory")]
+    if memory.device is not None:
+        free = free_memory(torch.device(device))
+        places.insert(0, ("the GPU", memory.device, free, "--device cpu, or a GPU with more memory"))
+    helps = {TEXT: OTHER_TEXT, FITS: fewer(recipe)}
+    for where, parts, room, more in places:
+        if over := {part: needed for part, needed in parts.items() if needed > room}:
+            most = max(over, key=over.__getitem__)
+            why = f"{over[most] / GIB:.1f} GiB of {where} are needed for {most}, there are {room / GIB:.1f}"
+            unmet.append((why, "; and ".join(dict.fromkeys(helps.get(part, more) for part in over))))
     return unmet
 
 

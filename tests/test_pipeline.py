@@ -14,7 +14,7 @@ from source_files import llama_config, random_model, save, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitwise
-from logitwise import pipeline, probe, stream, unfinished
+from logitwise import calibrate, pipeline, probe, stream, unfinished
 from logitwise.calibration import generate
 from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError, FormatError, InputError, MachineError, OutputError, SourceError
@@ -774,3 +774,16 @@ def test_the_last_fit_is_tried_first_and_changes_nothing(
     with pytest.raises(MachineError, match=r"the GPU's memory is not enough(.|\n)*9 GiB(.|\n)*smaller --batch"):
         logitwise.quantize(folder, tmp_path / "out", recipe(text))
     assert not [file for file in (tmp_path / "out.run").glob("*.json") if '"blocks"' in file.read_text()]
+
+
+def test_where_the_whole_model_does_not_fit_text_is_to_be_given(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def large(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(calibrate, "load_whole", large)
+    with pytest.raises(MachineError, match=r"the GPU's memory is not enough(.|\n)*--calibration text:FILE"):
+        logitwise.quantize(folder, tmp_path / "out", logitwise.Recipe.load(None, **TINY, calibration="self"))

@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 import logitwise
 from logitwise import costs, planning, probe
 from logitwise.cli import app
+from logitwise.costs import FILES, FITS, PROOF, TEXT, Memory
 from logitwise.errors import RecipeError
 from logitwise.formats import FORMATS
 from logitwise.grid import Quantized
+from logitwise.memory import OTHER_TEXT
 from logitwise.planning import Plan
 from logitwise.preflight import outline
 from logitwise.probe import MadeUp, OfReading, OfText, OfWindow
@@ -75,7 +77,7 @@ def test_engines_that_fuse_layers_on_two_grids_are_not_said_to_serve_them(
 ) -> None:
     monkeypatch.setattr(planning, "units_of", lambda *given: None)
     monkeypatch.setattr(planning, "seconds_of", lambda *given: {costs.READING: 0.0})
-    monkeypatch.setattr(planning, "memory_of", lambda *given: (None, 0, 0))
+    monkeypatch.setattr(planning, "memory_of", lambda *given: Memory(None, {FITS: 0}, 0))
     planned = logitwise.plan(folder, recipe(text, bits=4, keep=("layers.0.*.q_proj",)))
     why = "vLLM fuses q_proj, k_proj, v_proj of model.layers.0.self_attn, which do not lie on one grid"
     assert set(planned.splits.values()) == {why}
@@ -239,8 +241,8 @@ def test_ram_is_at_least_that_of_the_largest_tensor_beside_a_shard(
     there = psutil.Process().memory_info().rss
     there += probe.bytes_of_streams(asked, outlined.skeleton, work.rows) if device == "cuda" else 0
     for size, shard in ((1 << 27, 1 << 27), (1 << 35, 1 << 29)):
-        _, ram, _ = costs.memory_of(outlined, work, units, size)
-        assert ram == pytest.approx((1 << 40) + there + (0 if form == "gguf" else shard), abs=1 << 24)
+        ram = costs.memory_of(outlined, work, units, size).ram
+        assert ram[FILES] == pytest.approx((1 << 40) + there + (0 if form == "gguf" else shard), abs=1 << 24)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -257,13 +259,15 @@ def test_memory_is_at_least_that_of_the_proof(
     work = replace(costs.work_of(outlined, asked.but(device=device)), around=1 << 41, projection=1 << 40, block=block)
     units = costs.Units(OfReading(0.0, 0.0, peak=5), 0.0, None, 0.0, SMALL, None)
     there = psutil.Process().memory_info().rss
-    of_gpu, ram, _ = costs.memory_of(outlined, work, units, 0)
+    found = costs.memory_of(outlined, work, units, 0)
     of_proof = 4 * 3 * (1 << 40) + max(4 * block, outlined.source.dtype.itemsize << 40)
     if device == "cuda":
-        assert of_gpu == of_proof
+        assert found.device is not None
+        assert found.device[PROOF] == of_proof
+        assert PROOF not in found.ram
     else:
-        assert of_gpu is None
-        assert ram == pytest.approx(of_proof + there, abs=1 << 24)
+        assert found.device is None
+        assert found.ram[PROOF] == pytest.approx(of_proof + there, abs=1 << 24)
 
 
 def test_what_a_first_answer_takes_longer_is_never_below_nothing(
@@ -398,8 +402,55 @@ def test_what_does_not_fit_is_refused_with_what_would_help(
     assert "time in all" in found.stdout
     assert isinstance(found.exception, RecipeError)
     assert found.exception.exit_code == 2
-    assert "GiB of RAM are needed, there are 0.0" in found.exception.why
-    assert found.exception.remedy.startswith("fewer --rows")
+    assert "GiB of RAM are needed for " in found.exception.why
+    assert found.exception.why.endswith(", there are 0.0")
+    less = "fewer --rows, shorter --row-tokens, or a smaller --batch"
+    assert found.exception.remedy == f"{less}; and a machine with more memory"
+
+
+@pytest.mark.parametrize(
+    ("over", "device", "remedy"),
+    [
+        ({TEXT}, "cpu", OTHER_TEXT),
+        ({FITS}, "cpu", "fewer --rows, shorter --row-tokens, or a smaller --batch, or fewer --final-blocks"),
+        ({PROOF, FILES}, "cpu", "a machine with more memory"),
+        ({TEXT}, "cuda", OTHER_TEXT),
+        ({PROOF}, "cuda", "--device cpu, or a GPU with more memory"),
+        ({TEXT, PROOF}, "cuda", f"{OTHER_TEXT}; and --device cpu, or a GPU with more memory"),
+    ],
+)
+def test_what_would_help_is_for_the_part_that_does_not_fit(
+    over: set[str],
+    device: str,
+    remedy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = {part: 3 * 2**30 if part in over else 2**30 for part in (TEXT, FITS, PROOF, FILES)}
+    memory = Memory(None, parts, 0) if device == "cpu" else Memory(parts, {FILES: 1}, 0)
+    monkeypatch.setattr(planning, "total_memory", lambda: 2 * 2**30)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 2 * 2**30)
+    ((why, helps),) = planning._unmet(logitwise.Recipe.load(None, final_blocks=2), device, 0, memory, tmp_path)
+    assert helps == remedy
+    assert why.startswith(f"3.0 GiB of {'RAM' if device == 'cpu' else 'the GPU'} are needed for ")
+    assert why.endswith(", there are 2.0")
+
+
+@pytest.mark.parametrize(("part", "remedy"), [("of_text", OTHER_TEXT), ("of_window", "fewer --rows")])
+def test_steps_that_do_not_fit_are_refused(
+    part: str,
+    remedy: str,
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(costs, part, full)
+    with pytest.raises(RecipeError, match="the GPU's memory is not enough") as caught:
+        logitwise.plan(folder, recipe(None, calibration="self", device="cpu", compute_dtype="float32"))
+    assert caught.value.why == "CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert caught.value.remedy.startswith(remedy)
 
 
 def test_a_dry_run_is_a_plan(folder: Path, tmp_path: Path) -> None:  # noqa: F811
