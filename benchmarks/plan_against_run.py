@@ -71,10 +71,11 @@ def main() -> None:
 
 def made_up(shape: str, like: Path, place: Path) -> Path:
     """A folder with a model of random weights, if it is not there yet."""
-    out = place / shape
+    out = place / like.name / shape
     whole = out / "whole"
     if not whole.exists():
         shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(exist_ok=True)
         config = {key: value for key, value in SHAPES[shape].items() if key != "depth"}
         write_model(config_of({**config, "num_hidden_layers": SHAPES[shape]["depth"]}), out)
         open_source(like).tokenizer().save_pretrained(out)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from logitwise.calibration import file_digest, prepare, writes
+from logitwise.calibration import split as split_spec
 from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError
-from logitwise.memory import OTHER_TEXT, enough_memory
+from logitwise.memory import enough_memory
 from logitwise.recipe import Recipe
+from logitwise.remedies import other_text
 from logitwise.runfolder import FIRST_ROW, RunFolder, chain
 from logitwise.skeleton import Skeleton, load_whole
 from logitwise.unfinished import batches
@@ -85,11 +87,11 @@ def _calibrate(skeleton: Skeleton, recipe: Recipe, folder: RunFolder, root: str,
 
 def _make_rows(skeleton: Skeleton, recipe: Recipe, most: int, key: str, folder: RunFolder, watcher: Watcher) -> None:
     """Reads or writes the text, into the run folder."""
-    own = writes(recipe.calibration)
-    title = "Writing calibration text" if own else "Reading calibration text"
+    title = "Writing calibration text" if writes(recipe.calibration) else "Reading calibration text"
+    own = split_spec(recipe.calibration)[0] == "self"
     began = time.monotonic()
     total = (most + recipe.held_out_rows) * recipe.row_tokens
-    with watcher.stage(title, total) as stage, enough_memory(OTHER_TEXT) if own else nullcontext():
+    with watcher.stage(title, total) as stage, enough_memory(other_text(recipe)) if own else nullcontext():
         made = prepare(
             recipe.calibration,
             skeleton.source.tokenizer(),

@@ -13,7 +13,7 @@ from logitwise.activations import choose_place
 from logitwise.calibration import ANSWER_BATCH, ANSWER_TOKENS
 from logitwise.calibration import split as split_spec
 from logitwise.grid import Grid
-from logitwise.memory import OTHER_TEXT, enough_memory, only_new_collected
+from logitwise.memory import enough_memory, only_new_collected
 from logitwise.preflight import Outline
 from logitwise.probe import (
     TRIED_ON,
@@ -29,6 +29,7 @@ from logitwise.probe import (
 )
 from logitwise.quantizers import INFORMED, QUANTIZERS
 from logitwise.recipe import Recipe
+from logitwise.remedies import more_memory, other_text, smaller_fit
 from logitwise.skeleton import PROOF_BLOCKS
 from logitwise.stream import compiles
 from logitwise.unfinished import SECONDS
@@ -46,7 +47,8 @@ STATE = 2 * 4 * 4
 READING = "reading and checking the model"
 FIRST = "first steps, loading kernels"
 TEXT = "writing calibration text"
-FITS, PROOF, FILES = "fitting blocks", "proving the replay", "reading and writing the model"
+FITS, PROOF, STORING = "fitting blocks", "proving the replay", "reading and writing weights"
+"""Parts of a run as its memory has them, some as its time does too."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,14 @@ def units_of(outlined: Outline, work: Work, grids: Mapping[str, Grid], watcher: 
     at_once = skeleton.rows_at_once(recipe.batch, recipe.row_tokens)
     rows, compiled = min(work.rows, at_once), compiles(skeleton, work.fits + work.refits)
     with only_new_collected(), watcher.stage("Trying a few steps", 5) as stage:
-        reading = of_reading(source, skeleton)
-        storing = of_storing(source, recipe, work.largest, outlined.format, grids, kept)
+        with enough_memory(more_memory(False), begun=False):
+            reading = of_reading(source, skeleton)
+            storing = of_storing(source, recipe, work.largest, outlined.format, grids, kept)
         stage.advance()
-        with enough_memory(OTHER_TEXT, begun=False):
+        with enough_memory(other_text(recipe), begun=False):
             text = of_text(source, recipe, work.answers_together, skeleton) if work.written else None
         stage.advance()
-        with enough_memory(fewer(recipe), begun=False):
+        with enough_memory(smaller_fit(recipe), begun=False):
             forward = of_forward(source, recipe, max(1, rows))
             stage.advance()
             usual = of_window(source, recipe, work.largest, kept, rows, 1.0, compiled)
@@ -179,12 +182,6 @@ def units_of(outlined: Outline, work: Work, grids: Mapping[str, Grid], watcher: 
             stage.advance()
     gc.collect()
     return Units(reading, storing, text, forward, usual, last)
-
-
-def fewer(recipe: Recipe) -> str:
-    """What makes a fit smaller."""
-    also = ", or fewer --final-blocks" if recipe.final_blocks != 1 else ""
-    return "fewer --rows, shorter --row-tokens, or a smaller --batch" + also
 
 
 def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
@@ -260,20 +257,17 @@ def memory_of(outlined: Outline, work: Work, units: Units, size: int) -> Memory:
     on_disk = there["disk"] + STATE * max(long, default=0)
     of_writing = units.text.peak if units.text else 0
     of_fits = max(one.peak for _, one in tried) + there["device"]
-    of_fits += of_writing if writes_on(recipe) else 0  # the whole model is there beside them
     # What is resident now is in the run too; when it writes, a shard is held while the largest tensor is read.
     resident = psutil.Process().memory_info().rss
-    of_files = resident + units.reading.peak + min(size, outlined.format.shard_bytes)
+    of_storing = resident + units.reading.peak + min(size, outlined.format.shard_bytes)
     # In the proof all that is around the blocks stands in float32, a tied projection by itself, and beside it a block,
     # or the projection as it was before it was float32.
     beside = max(4 * work.block, work.projection * outlined.source.dtype.itemsize)
     of_proof = int(4 * (work.around + work.projection) + beside)
     if device.type == "cuda":
-        return Memory({TEXT: of_writing, FITS: of_fits, PROOF: of_proof}, {FILES: of_files + there["cpu"]}, on_disk)
-    ram = {TEXT: of_writing, FITS: of_fits + there["cpu"], PROOF: resident + of_proof, FILES: of_files}
+        of_fits += of_writing if recipe.writes_on else 0  # the whole model is there beside them
+        ram = {FITS: resident + units.reading.peak + there["cpu"], STORING: of_storing}
+        return Memory({TEXT: of_writing, FITS: of_fits, PROOF: of_proof}, ram, on_disk)
+    of_fits += max(0, of_writing - resident) if recipe.writes_on else 0
+    ram = {TEXT: of_writing, FITS: of_fits + there["cpu"], PROOF: resident + of_proof, STORING: of_storing}
     return Memory(None, ram, on_disk)
-
-
-def writes_on(recipe: Recipe) -> bool:
-    """Whether text is written while blocks are learned."""
-    return recipe.fresh_last or (recipe.polish and recipe.polish_fresh)

@@ -14,12 +14,6 @@ from logitwise.errors import MachineError, RecipeError
 PYTHONS_OWN = 1 << 12
 """So many objects Python itself may have put out of sight: 3.12 begins with 375. A caller that did so has many more."""
 
-OTHER_TEXT = (
-    "give text, --calibration text:FILE or jsonl:FILE, or a server that writes it, server:URL: only writing the "
-    "model's own needs all of it in memory"
-)
-"""What helps where that is not there."""
-
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 """Where Linux says what a container may have (control groups, version 2)."""
 
@@ -53,6 +47,13 @@ def _limits() -> list[tuple[int, int]]:
     return found
 
 
+def ran_out(error: Exception) -> bool:
+    """Whether an error says that memory was not enough."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
+
+
 SAID = ("can't allocate memory", "Cannot allocate memory", "out of memory")
 """How torch says that memory is not enough, where it has no error of its own for that."""
 
@@ -66,8 +67,7 @@ def enough_memory(remedy: str, begun: bool = True) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        sure = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not sure and not any(words in str(error) for words in SAID):
+        if not ran_out(error):
             raise
         asked = str(error).splitlines()[0] if str(error) else "nothing more was given"
         place = "GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"

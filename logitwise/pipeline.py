@@ -117,9 +117,8 @@ def quantize(
         watcher = watcher if ranks.first else SILENT
         if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
             watcher.say(f"{recipe.method} reads no text: --calibration is not used")
-        writes_more = recipe.fresh_last or recipe.polish_fresh
         check_shared(recipe, ranks.world)
-        job = check(model, out, recipe, overwrite, reads and (rows is None or writes_more), revision, watcher)
+        job = check(model, out, recipe, overwrite, reads and (rows is None or recipe.writes_on), revision, watcher)
         for name, choice in job.choices.items():
             watcher.say(f"{name.replace('_', ' ')}: {choice.value} ({choice.why})")
         if dropped := [fate.tensor for fate in job.fates if fate.fate == "dropped"]:

@@ -18,21 +18,21 @@ from logitwise.costs import (
     TEXT,
     Memory,
     Work,
-    fewer,
     memory_of,
     seconds_of,
     units_of,
     work_of,
-    writes_on,
 )
 from logitwise.errors import RecipeError
 from logitwise.formats import unfusable
 from logitwise.grid import Grid
 from logitwise.machine import repeatable
-from logitwise.memory import OTHER_TEXT, free_memory, total_memory
+from logitwise.memory import free_memory, total_memory
 from logitwise.preflight import Outline, outline
 from logitwise.probe import of_opening
+from logitwise.quantizers import INFORMED, QUANTIZERS
 from logitwise.recipe import Choice, Recipe
+from logitwise.remedies import more_memory, other_text, smaller_fit
 from logitwise.skeleton import Slot
 from logitwise.watch import SILENT, Watcher
 
@@ -147,7 +147,7 @@ def _notes(recipe: Recipe) -> list[str]:
         "the time of --target-bits is not in it": recipe.target_bits is not None,
         "the time of rewrites is not in it": bool(recipe.rewrites),
         "the stages of a block are taken for one fit: it takes longer": bool(recipe.block_stages),
-        "the time of text that is written while blocks are learned is not in it": writes_on(recipe),
+        "the time of text that is written while blocks are learned is not in it": recipe.writes_on,
     }
     return [note for note, holds in said.items() if holds]
 
@@ -184,15 +184,16 @@ def _unmet(recipe: Recipe, device: str, disk: int, memory: Memory, place: Path) 
     if disk > (room := psutil.disk_usage(str(there)).free):
         why = f"{disk / GIB:.1f} GiB of disk are needed at {there}, {room / GIB:.1f} are free"
         unmet.append((why, "choose another OUT"))
-    places = [("RAM", memory.ram, total_memory(), "a machine with more memory")]
+    places = [("RAM", memory.ram, total_memory(), "there are {:.1f}")]
     if memory.device is not None:
-        free = free_memory(torch.device(device))
-        places.insert(0, ("the GPU", memory.device, free, "--device cpu, or a GPU with more memory"))
-    helps = {TEXT: OTHER_TEXT, FITS: fewer(recipe)}
-    for where, parts, room, more in places:
+        places.insert(0, ("the GPU", memory.device, free_memory(torch.device(device)), "{:.1f} are free"))
+    reads = QUANTIZERS[recipe.method].learns or recipe.start in INFORMED
+    helps = {TEXT: other_text(recipe)} | ({FITS: smaller_fit(recipe)} if reads else {})
+    for where, parts, room, found in places:
         if over := {part: needed for part, needed in parts.items() if needed > room}:
             most = max(over, key=over.__getitem__)
-            why = f"{over[most] / GIB:.1f} GiB of {where} are needed for {most}, there are {room / GIB:.1f}"
+            why = f"{over[most] / GIB:.1f} GiB of {where} are needed for {most}, {found.format(room / GIB)}"
+            more = more_memory(parts is memory.device)
             unmet.append((why, "; and ".join(dict.fromkeys(helps.get(part, more) for part in over))))
     return unmet
 

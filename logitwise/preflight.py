@@ -15,10 +15,12 @@ from logitwise.errors import FormatError, RecipeError, SourceError
 from logitwise.formats import FORMATS, Described, Format, choose, unfusable
 from logitwise.formats.checkpoint import check_output
 from logitwise.machine import choose_machine
+from logitwise.memory import enough_memory
 from logitwise.objectives import OBJECTIVES
 from logitwise.polish import POLISHED
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.recipe import Choice, Learning, Recipe, not_possible
+from logitwise.remedies import more_memory
 from logitwise.rewrites import Fold, find_folds, takes
 from logitwise.skeleton import Skeleton, Slot
 from logitwise.source import QuantizedSource, check_tokenizer, check_weights, open_source
@@ -105,7 +107,8 @@ def check(
     source, skeleton, kept = outlined.source, outlined.skeleton, outlined.kept
     with watcher.stage("Checking weights", len(source.names())) as stage:
         digest = check_weights(source, lambda done, total: stage.advance())
-    with watcher.stage("Proving the replay", 1) as stage:
+    remedy = more_memory(skeleton.device.type == "cuda")
+    with watcher.stage("Proving the replay", 1) as stage, enough_memory(remedy, begun=False):
         difference = skeleton.prove()
         stage.advance()
     folds, left_alone = _folds(recipe, skeleton, kept, watcher) if recipe.rewrites else ([], [])

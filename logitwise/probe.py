@@ -409,7 +409,7 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
 def _least(device: torch.device, work: Callable[[], object], seconds: float = LONG_ENOUGH) -> float:
     """Seconds of what takes little, the least of some times: what every window takes must not be one bad moment's.
 
-    So many `seconds` are spent.
+    No time begins after so many `seconds`.
     """
     took = [_seconds(device, work)]
     while len(took) < TIMES and sum(took) < seconds:

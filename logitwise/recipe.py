@@ -279,6 +279,11 @@ class Recipe(_Frozen):
         return max(self.rows, self.rows_last or 0, *(own.rows or 0 for own in self.windows))
 
     @property
+    def writes_on(self) -> bool:
+        """Whether text is written while blocks are learned."""
+        return self.fresh_last or self.polish_fresh
+
+    @property
     def block_stages(self) -> tuple[BlockStage, ...]:
         """What of a block is learned before the rest: the recipe's own stages, else the method's file's."""
         if self.stages is not None:

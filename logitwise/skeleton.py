@@ -26,6 +26,7 @@ from logitwise.attention import ordered_attention
 from logitwise.carrying import through
 from logitwise.errors import CalibrationError, SourceError
 from logitwise.head import Head
+from logitwise.memory import ran_out
 from logitwise.source.base import Source
 
 PROOF_BLOCKS = 8
@@ -404,9 +405,11 @@ class Skeleton:
         dtype, self.dtype = self.dtype, torch.float32
         try:
             own, replayed = self.proof_logits()
-        except (SourceError, torch.OutOfMemoryError):
+        except SourceError:
             raise
         except Exception as error:  # the model's own code, called in a way it may not expect
+            if ran_out(error):
+                raise
             raise SourceError(
                 f"{self.source.name} cannot be replayed block by block",
                 f"its forward stopped with {type(error).__name__}: {error}",

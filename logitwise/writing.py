@@ -140,6 +140,7 @@ def write_tensors(
                     yield from form.tensors(name.removesuffix(".weight"), stored).items()
                 else:
                     yield name, stored
+                del content, stored  # before the next is there
                 stage.advance()
 
     size = form.write(staging, tensors(), model, dict(sorted(grids.items())))

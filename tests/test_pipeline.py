@@ -17,7 +17,7 @@ import logitwise
 from logitwise import calibrate, pipeline, probe, stream, unfinished
 from logitwise.calibration import generate
 from logitwise.calibration.rows import Rows
-from logitwise.errors import CalibrationError, FormatError, InputError, MachineError, OutputError, SourceError
+from logitwise.errors import CalibrationError, FormatError, InputError, MachineError, OutputError, RecipeError, SourceError
 from logitwise.evaluation import evaluate, measure_models
 from logitwise.fit import Data, fit
 from logitwise.objectives.lfq import LogitAware
@@ -787,3 +787,18 @@ def test_where_the_whole_model_does_not_fit_text_is_to_be_given(
     monkeypatch.setattr(calibrate, "load_whole", large)
     with pytest.raises(MachineError, match=r"the GPU's memory is not enough(.|\n)*--calibration text:FILE"):
         logitwise.quantize(folder, tmp_path / "out", logitwise.Recipe.load(None, **TINY, calibration="self"))
+
+
+def test_where_the_proof_does_not_fit_it_is_refused(
+    folder: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def starved(self: Skeleton) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(Skeleton, "proof_logits", starved)
+    with pytest.raises(RecipeError, match=r"the memory is not enough(.|\n)*a machine with more memory"):
+        logitwise.quantize(folder, tmp_path / "out", recipe(text))
+    assert not list(tmp_path.glob("out*"))

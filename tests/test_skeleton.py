@@ -112,3 +112,21 @@ def test_a_model_whose_code_fails_in_the_replay_is_refused_with_its_words() -> N
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(SourceError, match="its forward stopped with RuntimeError"):
         Skeleton(MemorySource(model), CPU, torch.float32).prove()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError("Unable to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_a_proof_without_memory_says_nothing_of_the_model(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(self: Skeleton) -> None:
+        raise error
+
+    monkeypatch.setattr(Skeleton, "proof_logits", starved)
+    with pytest.raises(type(error)) as caught:
+        Skeleton(MemorySource(tiny_model("llama")), CPU, torch.float32).prove()
+    assert caught.value is error

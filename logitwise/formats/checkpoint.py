@@ -64,6 +64,7 @@ def write_checkpoint(
         if size >= shard_bytes:  # a large tensor does not wait while the next is read
             close_shard()
             size = 0
+        del tensor
     if held or not shards:
         close_shard()
     return _name_shards(folder, shards, places, total)

@@ -117,6 +117,7 @@ def write_file(file: Path, tensors: Iterable[tuple[str, Tensor]], model: Describ
             content = in_file_order(place, tensor.detach().cpu(), model.config, architecture).contiguous()
             kinds[kind] += tensor.dim() > 1
             writer.add_tensor(place, content.view(torch.uint8).numpy(), raw_dtype=GGMLQuantizationType[kind])
+            del tensor, content  # before the next is there
         _add_keys(writer, model, architecture)
         most = max(kinds, key=lambda kind: kinds[kind])
         writer.add_file_type(LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"])

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from logitwise.errors import SourceError
+from logitwise.memory import ran_out
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -60,6 +61,8 @@ class Shards:
             with safe_open(file, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(name).clone()
         except (SafetensorError, OSError, RuntimeError) as error:  # the last of torch, where a file became shorter
+            if ran_out(error):
+                raise
             raise _unreadable(file, error, f"tensor {name} of {file.name}") from error
         return tensor
 

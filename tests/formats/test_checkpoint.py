@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,20 @@ def test_shards(tmp_path: Path):
 
 
 def test_one_shard_in_memory(tmp_path: Path):
-    on_disk = []
+    on_disk, kept = [], []
 
     def watched() -> Iterator[tuple[str, Tensor]]:
-        for pair in tensors(5):
+        for name, tensor in tensors(5):
             on_disk.append(len(list(tmp_path.iterdir())))
-            yield pair
+            kept.append([before for before in alive if before() is not None])
+            alive.append(weakref.ref(made := tensor.clone()))
+            yield name, made
+            del made
 
+    alive: list[weakref.ref[Tensor]] = []
     write_checkpoint(tmp_path, watched(), shard_bytes=40)
-    assert on_disk == [0, 1, 2, 3, 4]  # a full shard does not wait while the next tensor is read
+    assert on_disk == [0, 1, 2, 3, 4]
+    assert kept == [[]] * 5  # a full shard does not wait while the next tensor is read
 
 
 def test_strided_tensor(tmp_path: Path):

@@ -140,3 +140,15 @@ def save_weights(folder: Path, stored: dict[str, torch.Tensor]) -> None:
 def change_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_memory_that_is_not_enough_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = open_source(save(random_model(llama_config()), tmp_path))
+
+    class Starved:
+        def __init__(self, *given: object, **more: object) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr("logitwise.source.shards.safe_open", Starved)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        source.read(source.names()[0])
