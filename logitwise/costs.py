@@ -165,7 +165,7 @@ def units_of(outlined: Outline, work: Work, grids: Mapping[str, Grid], watcher: 
     at_once = skeleton.rows_at_once(recipe.batch, recipe.row_tokens)
     rows, compiled = min(work.rows, at_once), compiles(skeleton, work.fits + work.refits)
     with only_new_collected(), watcher.stage("Trying a few steps", 5) as stage:
-        with enough_memory(more_memory(False), begun=False):
+        with enough_memory(more_memory(on_gpu=False), begun=False):
             reading = of_reading(source, skeleton)
             storing = of_storing(source, recipe, work.largest, outlined.format, grids, kept)
         stage.advance()

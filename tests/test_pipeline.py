@@ -17,7 +17,15 @@ import logitwise
 from logitwise import calibrate, pipeline, probe, stream, unfinished
 from logitwise.calibration import generate
 from logitwise.calibration.rows import Rows
-from logitwise.errors import CalibrationError, FormatError, InputError, MachineError, OutputError, RecipeError, SourceError
+from logitwise.errors import (
+    CalibrationError,
+    FormatError,
+    InputError,
+    MachineError,
+    OutputError,
+    RecipeError,
+    SourceError,
+)
 from logitwise.evaluation import evaluate, measure_models
 from logitwise.fit import Data, fit
 from logitwise.objectives.lfq import LogitAware
