@@ -109,9 +109,8 @@ def in_processes(count: int, point: dict[str, Any]) -> dict[str, Any]:
 
 def of_shape(given: argparse.Namespace) -> dict[str, Any]:
     """The run that is asked for."""
-    config = {key: value for key, value in SHAPES[given.shape].items() if key != "depth"}
     about = {"rows": given.rows, "settings": RUN + given.set, "compiled": given.compiled}
-    return {"config": {**config, "num_hidden_layers": given.blocks}, **about}
+    return {"config": shape_of(given.shape, given.blocks), **about}
 
 
 def growth(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -128,6 +127,13 @@ def growth(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             num_hidden_layers=at["blocks"],
         )
         yield {"config": config, "rows": at["rows"], "settings": SHORT + given.set, "varies": name, "at": at}
+
+
+def shape_of(name: str, blocks: int | None = None) -> dict[str, Any]:
+    """What a config has of a shape, all its blocks or so many of them."""
+    shape = dict(SHAPES[name])
+    depth = shape.pop("depth")
+    return {**shape, "num_hidden_layers": depth if blocks is None else blocks}
 
 
 def config_of(shape: dict[str, Any]) -> LlamaConfig:

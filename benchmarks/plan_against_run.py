@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from large import config_of, write_model
+from large import config_of, shape_of, write_model
 from lfq_cost import SHAPES
 from processes import about, peak_ram, save
 
@@ -76,8 +76,7 @@ def made_up(shape: str, like: Path, place: Path) -> Path:
     if not whole.exists():
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(exist_ok=True)
-        config = {key: value for key, value in SHAPES[shape].items() if key != "depth"}
-        write_model(config_of({**config, "num_hidden_layers": SHAPES[shape]["depth"]}), out)
+        write_model(config_of(shape_of(shape)), out)
         open_source(like).tokenizer().save_pretrained(out)
         torch.cuda.empty_cache()  # a plan sees what is free
         whole.touch()

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from logitwise.calibration import file_digest, prepare, writes
-from logitwise.calibration import split as split_spec
+from logitwise.calibration import file_digest, prepare, writes, writes_own
 from logitwise.calibration.rows import Rows
 from logitwise.errors import CalibrationError
 from logitwise.memory import enough_memory
@@ -88,7 +87,7 @@ def _calibrate(skeleton: Skeleton, recipe: Recipe, folder: RunFolder, root: str,
 def _make_rows(skeleton: Skeleton, recipe: Recipe, most: int, key: str, folder: RunFolder, watcher: Watcher) -> None:
     """Reads or writes the text, into the run folder."""
     title = "Writing calibration text" if writes(recipe.calibration) else "Reading calibration text"
-    own = split_spec(recipe.calibration)[0] == "self"
+    own = writes_own(recipe.calibration)
     began = time.monotonic()
     total = (most + recipe.held_out_rows) * recipe.row_tokens
     with watcher.stage(title, total) as stage, enough_memory(other_text(recipe)) if own else nullcontext():

@@ -10,8 +10,7 @@ import psutil
 import torch
 
 from logitwise.activations import choose_place
-from logitwise.calibration import ANSWER_BATCH, ANSWER_TOKENS
-from logitwise.calibration import split as split_spec
+from logitwise.calibration import ANSWER_BATCH, ANSWER_TOKENS, writes_own
 from logitwise.grid import Grid
 from logitwise.memory import enough_memory, only_new_collected
 from logitwise.preflight import Outline
@@ -47,7 +46,8 @@ STATE = 2 * 4 * 4
 READING = "reading and checking the model"
 FIRST = "first steps, loading kernels"
 TEXT = "writing calibration text"
-FITS, PROOF, STORING = "fitting blocks", "proving the replay", "reading and writing weights"
+FITS, ROUNDING = "fitting blocks", "rounding blocks"
+PROOF, STORING = "proving the replay", "reading and writing weights"
 """Parts of a run as its memory has them, some as its time does too."""
 
 
@@ -83,8 +83,13 @@ class Work:
     @property
     def written(self) -> int:
         """Tokens of text that the model writes."""
-        writes = self.rows and split_spec(self.recipe.calibration)[0] == "self"
+        writes = self.rows and writes_own(self.recipe.calibration)
         return (self.rows + 2) * self.recipe.row_tokens if writes else 0
+
+    @property
+    def fitting(self) -> str:
+        """What the fits of all blocks are called: where no text is read they only round."""
+        return FITS if self.rows else ROUNDING
 
     @property
     def answers(self) -> int:
@@ -214,7 +219,7 @@ def seconds_of(work: Work, units: Units, size: int) -> dict[str, float]:
         return total
 
     walk = 2 * depth * work.rows * units.forward + read_walked if work.rows else 0.0
-    seconds[FITS if work.rows else "rounding blocks"] = of_steps(work.fits, usual, work.largest) + walk
+    seconds[work.fitting] = of_steps(work.fits, usual, work.largest) + walk
     if last:
         verdict = 2 * recipe.held_out_rows * last.held_out_row
         of_refits = of_steps(work.refits, last, work.refits[0])
@@ -255,19 +260,21 @@ def memory_of(outlined: Outline, work: Work, units: Units, size: int) -> Memory:
     there = dict.fromkeys(("device", "cpu", "disk"), 0) | {where: of_streams}
     long = [one.learned for step, one in tried if step.steps * one.step > SECONDS]
     on_disk = there["disk"] + STATE * max(long, default=0)
-    of_writing = units.text.peak if units.text else 0
-    of_fits = max(one.peak for _, one in tried) + there["device"]
+    writing = units.text.peak if units.text else 0
+    fits = max(one.peak for _, one in tried) + there["device"]
     # What is resident now is in the run too; when it writes, a shard is held while the largest tensor is read.
     resident = psutil.Process().memory_info().rss
-    of_storing = resident + units.reading.peak + min(size, outlined.format.shard_bytes)
+    reading = resident + units.reading.peak
+    storing = reading + min(size, outlined.format.shard_bytes)
     # In the proof all that is around the blocks stands in float32, a tied projection by itself, and beside it a block,
     # or the projection as it was before it was float32.
     beside = max(4 * work.block, work.projection * outlined.source.dtype.itemsize)
-    of_proof = int(4 * (work.around + work.projection) + beside)
-    if device.type == "cuda":
-        of_fits += of_writing if recipe.writes_on else 0  # the whole model is there beside them
-        ram = {FITS: resident + units.reading.peak + there["cpu"], STORING: of_storing}
-        return Memory({TEXT: of_writing, FITS: of_fits, PROOF: of_proof}, ram, on_disk)
-    of_fits += max(0, of_writing - resident) if recipe.writes_on else 0
-    ram = {TEXT: of_writing, FITS: of_fits + there["cpu"], PROOF: resident + of_proof, STORING: of_storing}
+    proof = int(4 * (work.around + work.projection) + beside)
+    on_gpu = device.type == "cuda"
+    if recipe.writes_on:  # the whole model is there beside the fits, of RAM with what is resident in either
+        fits += writing if on_gpu else max(0, writing - resident)
+    if on_gpu:
+        ram = {work.fitting: reading + there["cpu"], STORING: storing}
+        return Memory({TEXT: writing, work.fitting: fits, PROOF: proof}, ram, on_disk)
+    ram = {TEXT: writing, work.fitting: fits + there["cpu"], PROOF: resident + proof, STORING: storing}
     return Memory(None, ram, on_disk)

@@ -30,6 +30,7 @@ from logitwise.probe import TRIED_ON, bytes_of_streams, try_memory
 from logitwise.quantizers import INFORMED, QUANTIZERS, STARTS
 from logitwise.ranks import joined
 from logitwise.recipe import Choice, Recipe
+from logitwise.remedies import smaller_fit
 from logitwise.rewrites import READ_INPUTS
 from logitwise.rewriting import rewritten_job
 from logitwise.runfolder import POLISH_FIGURES, RunFolder, chain, run_folder_of
@@ -47,9 +48,9 @@ ROWS_AT_A_TIME = 8
 PARTS_OF_THE_BLOCKS = 1 << 20
 """Parts of fresh text that are the final blocks'; the polish has those after."""
 
-LESS_MEMORY = (
-    "choose a smaller --batch, shorter --row-tokens, fewer --rows or --final-blocks, and run again: finished blocks "
-    "that do not depend on it are kept (`logitwise plan` says beforehand what a run takes)"
+RUN_AGAIN = (
+    "and run again: finished blocks that do not depend on it are kept (`logitwise plan` says beforehand what a run "
+    "takes)"
 )
 
 
@@ -113,7 +114,12 @@ def quantize(
     reads = fits or recipe.polish or recipe.target_bits is not None or bool(set(recipe.rewrites) & set(READ_INPUTS))
     if rows is not None and reads:
         split(rows, recipe)
-    with enough_memory(LESS_MEMORY), joined(recipe.device) as ranks, repeatable(), ExitStack() as running:
+    with (
+        enough_memory(f"{smaller_fit(recipe)}, {RUN_AGAIN}"),
+        joined(recipe.device) as ranks,
+        repeatable(),
+        ExitStack() as running,
+    ):
         watcher = watcher if ranks.first else SILENT
         if not reads and recipe.calibration != Recipe.model_fields["calibration"].default:
             watcher.say(f"{recipe.method} reads no text: --calibration is not used")

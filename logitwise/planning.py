@@ -30,7 +30,6 @@ from logitwise.machine import repeatable
 from logitwise.memory import free_memory, total_memory
 from logitwise.preflight import Outline, outline
 from logitwise.probe import of_opening
-from logitwise.quantizers import INFORMED, QUANTIZERS
 from logitwise.recipe import Choice, Recipe
 from logitwise.remedies import more_memory, other_text, smaller_fit
 from logitwise.skeleton import Slot
@@ -187,8 +186,7 @@ def _unmet(recipe: Recipe, device: str, disk: int, memory: Memory, place: Path) 
     places = [("RAM", memory.ram, total_memory(), "there are {:.1f}")]
     if memory.device is not None:
         places.insert(0, ("the GPU", memory.device, free_memory(torch.device(device)), "{:.1f} are free"))
-    reads = QUANTIZERS[recipe.method].learns or recipe.start in INFORMED
-    helps = {TEXT: other_text(recipe)} | ({FITS: smaller_fit(recipe)} if reads else {})
+    helps = {TEXT: other_text(recipe), FITS: smaller_fit(recipe)}
     for where, parts, room, found in places:
         if over := {part: needed for part, needed in parts.items() if needed > room}:
             most = max(over, key=over.__getitem__)

@@ -105,8 +105,10 @@ def check(
     check_output(out, overwrite, model, file_of(recipe.calibration))
     outlined = outline(model, recipe, reads_text, revision)
     source, skeleton, kept = outlined.source, outlined.skeleton, outlined.kept
-    weights = watcher.stage("Checking weights", len(source.names()))
-    with weights as stage, enough_memory(more_memory(on_gpu=False), begun=False):
+    with (
+        watcher.stage("Checking weights", len(source.names())) as stage,
+        enough_memory(more_memory(on_gpu=False), begun=False),
+    ):
         digest = check_weights(source, lambda done, total: stage.advance())
     remedy = more_memory(skeleton.device.type == "cuda")
     with watcher.stage("Proving the replay", 1) as stage, enough_memory(remedy, begun=False):

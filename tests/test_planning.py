@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import logitwise
 from logitwise import costs, planning, probe
 from logitwise.cli import app
-from logitwise.costs import FITS, PROOF, STORING, TEXT, Memory
+from logitwise.costs import FITS, PROOF, ROUNDING, STORING, TEXT, Memory
 from logitwise.errors import RecipeError
 from logitwise.formats import FORMATS
 from logitwise.grid import Quantized
@@ -415,6 +415,13 @@ def test_what_does_not_fit_is_refused_with_what_would_help(
 PLAIN = logitwise.Recipe.load(None)
 
 
+@pytest.fixture
+def two_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine, and a GPU, with so much memory."""
+    monkeypatch.setattr(planning, "total_memory", lambda: 2 * 2**30)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 2 * 2**30)
+
+
 @pytest.mark.parametrize(
     ("over", "device", "remedy"),
     [
@@ -431,28 +438,41 @@ def test_what_would_help_is_for_the_part_that_does_not_fit(
     over: set[str],
     device: str,
     remedy: str,
+    two_gib: None,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parts = {part: 3 * 2**30 if part in over else 2**30 for part in (TEXT, FITS, PROOF, STORING)}
     on_gpu = device == "cuda"
     memory = Memory(parts, {STORING: 1}, 0) if on_gpu else Memory(None, parts, 0)
-    monkeypatch.setattr(planning, "total_memory", lambda: 2 * 2**30)
-    monkeypatch.setattr(planning, "free_memory", lambda device: 2 * 2**30)
     ((why, helps),) = planning._unmet(PLAIN, device, 0, memory, tmp_path)
     assert helps == remedy
     assert why.startswith(f"3.0 GiB of {'the GPU' if on_gpu else 'RAM'} are needed for ")
     assert why.endswith(", 2.0 are free" if on_gpu else ", there are 2.0")
 
 
-def test_where_streams_do_not_fit_beside_a_gpu_fewer_rows_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_streams_do_not_fit_beside_a_gpu_fewer_rows_help(two_gib: None, tmp_path: Path) -> None:
     memory = Memory({FITS: 1}, {FITS: 3 * 2**30, STORING: 1}, 0)
-    monkeypatch.setattr(planning, "total_memory", lambda: 2 * 2**30)
-    monkeypatch.setattr(planning, "free_memory", lambda device: 2 * 2**30)
     unmet = planning._unmet(PLAIN, "cuda", 0, memory, tmp_path)
     assert unmet == [("3.0 GiB of RAM are needed for fitting blocks, there are 2.0", smaller_fit(PLAIN))]
-    ((_, remedy),) = planning._unmet(PLAIN.but(**RTN), "cuda", 0, memory, tmp_path)
-    assert remedy == more_memory(False), "no rows are read"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_where_no_rows_are_read_fewer_do_not_help(
+    folder: Path,  # noqa: F811
+    device: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "total_memory", lambda: 2 << 40)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 2 << 40)
+    asked = PLAIN.but(**RTN, device="cpu", compute_dtype="float32", group_size=16)
+    outlined = outline(folder, asked, False, None)
+    work = costs.work_of(outlined, asked.but(device=device, streams="cpu"))
+    units = costs.Units(OfReading(0.0, 0.0, peak=5), 0.0, None, 0.0, replace(SMALL, peak=3 << 40), None)
+    memory = costs.memory_of(outlined, work, units, 0)
+    ((why, remedy),) = planning._unmet(asked, device, 0, memory, tmp_path)
+    assert f"needed for {ROUNDING}" in why
+    assert remedy == more_memory(device == "cuda"), "no rows are read"
 
 
 @pytest.mark.parametrize(("part", "remedy"), [("of_text", other_text(PLAIN)), ("of_window", smaller_fit(PLAIN))])

@@ -246,6 +246,11 @@ def writes(spec: str) -> bool:
     return split(spec)[0] in ("self", "server")
 
 
+def writes_own(spec: str) -> bool:
+    """Whether it is the model itself that writes, and is whole in memory meanwhile."""
+    return split(spec)[0] == "self"
+
+
 def split(spec: str) -> tuple[str, str]:
     """The kind of a spec and what follows its colon.
 

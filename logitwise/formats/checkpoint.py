@@ -45,25 +45,25 @@ def write_checkpoint(
     size = total = 0
 
     def close_shard() -> None:
+        nonlocal size
         path = folder / f"shard-{len(shards)}.safetensors"
         with writing(path):
             save_tensors(held, path, {"format": written_for})
         shards.append(path)
         held.clear()
+        size = 0
 
     for name, tensor in tensors:
         if name in places:
             raise ValueError(f"tensor {name} was given twice")
         if held and size + tensor.nbytes > shard_bytes:
             close_shard()
-            size = 0
         held[name] = tensor.detach().contiguous()
         places[name] = len(shards)
         size += tensor.nbytes
         total += tensor.nbytes
         if size >= shard_bytes:  # a large tensor does not wait while the next is read
             close_shard()
-            size = 0
         del tensor
     if held or not shards:
         close_shard()

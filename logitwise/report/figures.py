@@ -146,9 +146,8 @@ def show_demo(console: Console, found: Demo) -> None:
     console.print(f"KL of {mse.name} less that of {lfq.name}, row by row: {less.mean:.4f} ± {less.error:.4f}")
     console.print(f"\n[bold]{escape(found.prompt)}[/]")
     for entry in found.entries:
-        console.print(
-            Padding(f"[bold]{entry.name}[/]: {escape(' '.join(entry.answer.split()))} ...", (0, 0, 0, 2), expand=False)
-        )
+        answer = escape(" ".join(entry.answer.split()))
+        console.print(Padding(f"[bold]{entry.name}[/]: {answer} ...", (0, 0, 0, 2), expand=False))
     _show_loading(console, found.result)
 
 
