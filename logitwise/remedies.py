@@ -15,14 +15,12 @@ def other_text(recipe: Recipe) -> str:
 
 def smaller_fit(recipe: Recipe) -> str:
     """Where a fit does not."""
-    rows = ["--rows", *_set(recipe, "rows_last", "polish_rows")]
-    batch = ["--batch", *_set(recipe, "batch_last", "polish_batch")]
+    rows, batch = (
+        " and ".join([option, *(f"--set {key}" for key in keys if getattr(recipe, key) is not None)])
+        for option, keys in (("--rows", ("rows_last", "polish_rows")), ("--batch", ("batch_last", "polish_batch")))
+    )
     also = ", or fewer --final-blocks" if recipe.final_blocks != 1 else ""
-    return f"fewer {' and '.join(rows)}, shorter --row-tokens, or a smaller {' and '.join(batch)}{also}"
-
-
-def _set(recipe: Recipe, *keys: str) -> list[str]:
-    return [f"--set {key}" for key in keys if getattr(recipe, key) is not None]
+    return f"fewer {rows}, shorter --row-tokens, or a smaller {batch}{also}"
 
 
 def more_memory(on_gpu: bool) -> str:
